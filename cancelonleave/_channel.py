@@ -1,0 +1,125 @@
+"""The one reader of a request's receive(): keeps what it read ahead, remembers the disconnect; has no tasks."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+from anyio import Event, current_effective_deadline, move_on_after
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from starlette.types import Message, Receive
+
+READ_AHEAD = 64 * 1024  # bytes: unread body kept at most, give or take the last message
+MESSAGE_SIZE = 256  # bytes: what a message takes beside its body, so that many small ones don't pile up either
+PAUSE = 0.05  # seconds: before asking again a receive() that says nothing and says it at once (pyvoy 1.3)
+
+
+class Channel:
+    """A request's receive(), as its endpoint reads it, and as the watch reads ahead of the endpoint.
+
+    Servers disagree about being called by two at once, and some lose body when a pending receive() is cancelled
+    and called again. So whoever reads, reads for all, and what was read is kept until somebody takes it.
+
+    Args:
+        receive: The server's, or a middleware's.
+        invited: False while the client waits for "100 Continue" before it sends the body. Servers send it at the first
+            receive(), so that one is left to the endpoint, which may want to refuse the body.
+    """
+
+    __slots__ = ("_changed", "_ended", "_idle", "_invited", "_kept", "_reading", "_receive", "_size", "_takers", "left")
+
+    def __init__(self, receive: Receive, *, invited: bool) -> None:
+        self._receive = receive
+        self._kept: deque[Message | Exception] = deque()
+        self._size = 0
+        self._takers = 0
+        self._changed: Event | None = None
+        self._invited = invited
+        self._reading = self._ended = self._idle = False
+        self.left: Message | None = None
+
+    async def take(self, watched: Callable[[], bool]) -> Message:
+        """Return the next message in the server's order, or raise what receive() raised in its place.
+
+        Args:
+            watched: Says whether `watch()` is running or about to; then that one reads, and this one waits.
+        """
+        if self.left is not None and current_effective_deadline() == -math.inf:
+            return self.left  # a cancelled scope: is_disconnected() asks, and would throw away a piece of body
+        self._invited = True
+        self._takers += 1
+        self._change()
+        try:
+            while not self._kept and self.left is None:
+                changed = self._next_change()  # first: an eager task may read before watched() returns
+                await (changed.wait() if watched() or self._reading else self._read())
+        finally:
+            self._takers -= 1
+        if not self._kept:
+            assert self.left is not None
+            return self.left
+        await checkpoint_if_cancelled()
+        message = self._kept.popleft()
+        self._change()
+        if isinstance(message, Exception):
+            raise message
+        self._size -= _size(message)
+        return message
+
+    async def watch(self) -> None:
+        """Return when the client has left, and those who were reading have been told so."""
+        while self.left is None:
+            if self._reading or self._full or not self._invited:
+                await self._next_change().wait()
+            else:
+                await self._read()
+        while self._takers:
+            await checkpoint()
+
+    def unwatch(self) -> None:
+        """Have those whom `watch()` was reading for read for themselves."""
+        self._change()
+
+    def _change(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+
+    def _next_change(self) -> Event:
+        if self._changed is None:
+            self._changed = Event()
+        return self._changed
+
+    @property
+    def _full(self) -> bool:
+        return self._size >= READ_AHEAD or bool(self._kept) and isinstance(self._kept[-1], Exception)
+
+    async def _read(self) -> None:
+        self._reading = True
+        try:
+            if self._idle:
+                with move_on_after(PAUSE):
+                    await self._next_change().wait()
+            self._keep(await self._receive())
+        except Exception as error:  # e.g. 413 from max_body_size: for the one who reads, not for an endpoint that doesn't
+            self._kept.append(error)
+        finally:
+            self._reading = False
+            self._change()
+
+    def _keep(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self.left = message
+            return
+        is_body = message["type"] == "http.request"
+        self._idle = not is_body or self._ended or not message.get("body") and message.get("more_body", False)
+        if is_body and self._ended:
+            return
+        self._ended = self._ended or is_body and not message.get("more_body", False)
+        self._kept.append(message)
+        self._size += _size(message)
+
+
+def _size(message: Message) -> int:
+    return len(message.get("body") or b"") + MESSAGE_SIZE

@@ -1,0 +1,212 @@
+"""Turns an endpoint into one that ends when its client does; the only room that knows all others."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar, cast, overload
+from weakref import WeakSet
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope
+
+from ._cancellation import Watch
+from ._channel import Channel
+from ._exceptions import ClientClosedRequest
+from ._signature import request_parameter, resolved_signature, takes_websocket
+
+# Any: of whatever arguments and result, which the type variable carries over exactly.
+EndpointT = TypeVar("EndpointT", bound=Callable[..., Awaitable[Any]])
+OnDisconnect = Callable[[Request], object]
+
+logger = logging.getLogger("cancelonleave")
+_guarded: WeakSet[Callable[..., object]] = WeakSet()
+
+
+@overload
+def cancel_on_disconnect(endpoint: EndpointT, /) -> EndpointT: ...
+@overload
+def cancel_on_disconnect(*, on_disconnect: OnDisconnect | None = None) -> Callable[[EndpointT], EndpointT]: ...
+def cancel_on_disconnect(
+    endpoint: EndpointT | None = None, /, *, on_disconnect: OnDisconnect | None = None
+) -> EndpointT | Callable[[EndpointT], EndpointT]:
+    """Cancel an endpoint when its client leaves.
+
+    Put it on async endpoints that are slow or expensive, below the route's own decorator; or on any async function
+    that takes a `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it.
+
+    When the client leaves, the endpoint gets one cancellation. Its `finally` and `except` blocks run to their end and
+    may await; a section inside `anyio.CancelScope(shield=True)` is not cut, the cancellation waits for its end. (On
+    trio cancellation is level-triggered, as always there.) Then `ClientClosedRequest` is raised in its place. An
+    endpoint that has its result already, or that catches the cancellation and returns, is left to deliver it.
+
+    Args:
+        endpoint: The async function. One without a parameter for the Request gets a hidden one, which FastAPI fills.
+            Called without any Request, as in a unit test, it just runs.
+        on_disconnect: Called with the Request after the endpoint's cleanup, when the client's leaving has ended it.
+            May be async. If it fails, that is logged and the request ends as it would have.
+
+    Raises:
+        TypeError: If it can't work: for a class, a generator, a sync function, or one that takes a WebSocket.
+    """
+    if endpoint is None:
+        return functools.partial(_guard, on_disconnect=on_disconnect)
+    return _guard(endpoint, on_disconnect)
+
+
+def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT:
+    if isinstance(endpoint, (staticmethod, classmethod)):
+        return type(endpoint)(_guard(endpoint.__func__, on_disconnect))
+    if on_disconnect is None and inspect.isfunction(endpoint) and endpoint in _guarded:
+        return endpoint
+    signature = resolved_signature(endpoint)
+    _refuse_what_cannot_work(endpoint, signature)
+    parameter = request_parameter(signature)
+
+    @functools.wraps(endpoint)
+    async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
+        request = parameter.take(args, kwargs)
+        if request is None:
+            return await endpoint(*args, **kwargs)
+        watched = await _watched(request)
+        began = time.perf_counter()
+        try:
+            if watched.gone:
+                raise ClientClosedRequest
+            return await watched.watch.run(endpoint(*args, **kwargs))
+        except BaseException as error:
+            if not watched.is_leave(error):
+                raise
+            watched.log(request, time.perf_counter() - began)
+            if on_disconnect is not None:
+                await _call(on_disconnect, request)
+            if isinstance(error, (ClientClosedRequest, asyncio.CancelledError)):
+                raise  # CancelledError: meant for the decorated endpoint that called this one
+            raise ClientClosedRequest from error
+
+    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
+    guarded.__signature__ = parameter.signature  # type: ignore[attr-defined]  # known to inspect, not to typeshed
+    _guarded.add(guarded)
+    return cast(EndpointT, guarded)  # it takes what the endpoint takes, and returns what that returns
+
+
+def _refuse_what_cannot_work(endpoint: Callable[..., object], signature: inspect.Signature) -> None:
+    function = endpoint.func if isinstance(endpoint, functools.partial) else endpoint
+    call = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.isclass(function):
+        fault = "a class, which has no one call to cancel. Decorate its async methods"
+    elif inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call):
+        fault = "a generator. Return the result, or a response, from an async function"
+    elif not inspect.iscoroutinefunction(call):
+        fault = "not async, so nothing in it can be cancelled. Make it an `async def`"
+    elif takes_websocket(signature):
+        fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
+    else:
+        return
+    raise TypeError(f"@cancel_on_disconnect can't guard {endpoint!r}: it is {fault}.")
+
+
+async def _call(on_disconnect: OnDisconnect, request: Request) -> None:
+    try:
+        result = on_disconnect(request)
+        if inspect.isawaitable(result):
+            await result
+    except Exception:
+        logger.exception("on_disconnect %r failed", on_disconnect)
+
+
+class _Watched:
+    """A request's channel and the watch over it, in the place of the request's receive()."""
+
+    __slots__ = ("_logged", "channel", "watch")
+
+    def __init__(self, receive: Receive, *, invited: bool) -> None:
+        self.channel = Channel(receive, invited=invited)
+        self.watch = Watch(self.channel, ClientClosedRequest)
+        self._logged = False
+
+    async def __call__(self) -> Message:
+        message = await self.channel.take(self.watch.start)
+        if message is self.channel.left:
+            self.watch.tell()
+        return message
+
+    @property
+    def gone(self) -> bool:
+        return self.watch.over or self.channel.left is not None
+
+    def is_leave(self, error: BaseException) -> bool:
+        """Whether `error` left the endpoint because the client has left."""
+        if not self.gone:
+            return False
+        if isinstance(error, asyncio.CancelledError):
+            return self.watch.cancelling
+        if isinstance(error, BaseExceptionGroup):
+            return error.split(ClientDisconnect)[1] is None  # a task group that was reading the body
+        return isinstance(error, ClientDisconnect)
+
+    def log(self, request: Request, seconds: float) -> None:
+        if self._logged:
+            return
+        self._logged = True
+        method = request.scope.get("method")
+        route = getattr(request.scope.get("route"), "path", None)  # Starlette sets it since 
+        logger.info(
+            "%s %s: the client left, stopped after %.3f s",
+            method,
+            route,
+            seconds,
+            extra={"method": method, "route": route, "seconds": seconds},
+        )
+
+
+async def _watched(request: Request) -> _Watched:
+    receive = request.receive
+    if isinstance(receive, _Watched):
+        return receive
+    invited = not _waits_for_continue(request.scope) or await _is_read(request)
+    watched = _Watched(receive, invited=invited)
+    _replace_receive(request, watched)
+    return watched
+
+
+def _waits_for_continue(scope: Scope) -> bool:
+    for name, _ in scope.get("headers", ()):  # a loop, since `request.headers` costs every request a microsecond
+        if name == b"expect":
+            return True
+    return False
+
+
+async def _is_read(request: Request) -> bool:
+    """Whether the body was read already, as FastAPI does before it calls an endpoint that takes it."""
+
+    async def unread() -> Message:
+        raise _UnreadError
+
+    receive = _replace_receive(request, unread)
+    try:
+        async with aclosing(request.stream()) as stream:
+            await anext(stream)
+    except _UnreadError:
+        return False
+    except RuntimeError:  # "Stream consumed", as after form()
+        return True
+    finally:
+        _replace_receive(request, receive)
+    return True
+
+
+class _UnreadError(Exception):
+    pass
+
+
+def _replace_receive(request: Request, receive: Receive) -> Receive:
+    # The one private attribute of others that we need: the endpoint, and whoever reads this request after it, must get
+    # what was read ahead. A new Request would lack the body, the form and the attributes that dependencies left here.
+    request._receive, receive = receive, request.receive
+    return receive

@@ -1,0 +1,120 @@
+"""Finds, or adds, the parameter through which the framework hands over the Request."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+from starlette.requests import Request
+from starlette.websockets import WebSocket
+from typing_extensions import Format
+
+# From 3.14 on annotations are evaluated when read, and one name known to type checkers only would fail them all.
+_raw_signature: Callable[[Callable[..., object]], inspect.Signature] = (
+    functools.partial(inspect.signature, annotation_format=Format.FORWARDREF)
+    if sys.version_info >= (3, 14)
+    else inspect.signature
+)
+
+
+class RequestParameter(NamedTuple):
+    """Where the Request stands among the arguments of an endpoint, and the signature for the framework to read."""
+
+    name: str
+    position: int
+    added: bool
+    signature: inspect.Signature
+
+    def take(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Request | None:
+        """Return the Request of a call, if it has one; remove an added one from `kwargs`, the endpoint's own."""
+        if self.added:
+            request = kwargs.pop(self.name, None)
+        elif self.position < len(args):
+            request = args[self.position]
+        else:
+            request = kwargs.get(self.name)
+        if isinstance(request, Request):
+            return request
+        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Request)), None)
+
+
+def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
+    """Return the signature with each annotation that is a string evaluated, if that can be done.
+
+    FastAPI before 0.123.5 looks the names up in the module of the decorator's wrapper, where they mean nothing.
+    """
+    signature = _raw_signature(endpoint)
+    names = _global_names(endpoint)
+    parameters = [p.replace(annotation=_resolved(p.annotation, names)) for p in signature.parameters.values()]
+    return signature.replace(
+        parameters=parameters, return_annotation=_resolved(signature.return_annotation, names)
+    )
+
+
+def request_parameter(signature: inspect.Signature) -> RequestParameter:
+    """Find the parameter that takes the Request, or add one that FastAPI fills and OpenAPI doesn't show."""
+    parameters = list(signature.parameters.values())
+    for takes in (_annotated_as_request, _named_request):
+        for position, parameter in enumerate(parameters):
+            if takes(parameter):
+                by_keyword = parameter.kind is parameter.KEYWORD_ONLY
+                return RequestParameter(parameter.name, sys.maxsize if by_keyword else position, False, signature)
+    name = "cancelonleave_request"
+    while name in signature.parameters:
+        name += "_"
+    added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Request)
+    has_kwargs = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    parameters.insert(len(parameters) - has_kwargs, added)
+    return RequestParameter(name, sys.maxsize, True, signature.replace(parameters=parameters))
+
+
+def takes_websocket(signature: inspect.Signature) -> bool:
+    return any(_is_kind(parameter.annotation, WebSocket) for parameter in signature.parameters.values())
+
+
+def _is_kind(annotation: object, kind: type) -> bool:
+    """Say whether it is `kind`, a subclass, or one of them in Annotated, Optional, a union or with type arguments."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _is_kind(get_args(annotation)[0], kind)
+    if origin in (Union, types.UnionType):
+        return any(_is_kind(member, kind) for member in get_args(annotation))
+    candidate = origin or annotation
+    return isinstance(candidate, type) and issubclass(candidate, kind)
+
+
+def _annotated_as_request(parameter: inspect.Parameter) -> bool:
+    return _is_kind(parameter.annotation, Request)
+
+
+def _named_request(parameter: inspect.Parameter) -> bool:
+    """Starlette hands it over by position, so the name need not be annotated, or may be known to type checkers only."""
+    unknown = parameter.annotation is parameter.empty or not isinstance(parameter.annotation, type)
+    return parameter.name == "request" and unknown
+
+
+def _resolved(annotation: object, names: dict[str, object]) -> object:
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, names)  # as inspect.signature(eval_str=True) does, which gives up on the first failure
+    except Exception:  # a name imported for type checkers only, or anything else that code in an annotation may raise
+        return annotation
+
+
+def _global_names(endpoint: Callable[..., object]) -> dict[str, object]:
+    """Return the globals of the function at the bottom of decorators, partials, methods and callable instances."""
+    function: Any = endpoint  # Any: each kind keeps the next one under an attribute of its own
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        elif inspect.isroutine(function):
+            return getattr(function, "__globals__", {})
+        else:
+            function = type(function).__call__
