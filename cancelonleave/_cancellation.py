@@ -66,7 +66,8 @@ class Watch:
         """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
         call = _innermost.get()
         while call is not None:
-            call.told = call.told or call.watch is self
+            if call.watch is self:
+                call.tell()
             call = call.around
 
     @property
@@ -114,6 +115,9 @@ class _Call(ABC):
         self.ended = True
         self.watch.calls.discard(self)
         _innermost.reset(self._token)
+
+    def tell(self) -> None:
+        self.told = True
 
     @abstractmethod
     def watch_now(self) -> None:
@@ -163,8 +167,6 @@ class _AsyncioCall(_Call):
         finally:
             if self.watch.task is not None:
                 await self.watch.stop_task()
-        if self._host.cancelling() > self._base:
-            raise asyncio.CancelledError  # from outside, and anyio before 4.16 took it for ours (anyio #1214)
         raise self.watch.error()
 
     def end(self) -> None:
@@ -253,11 +255,12 @@ _thread = _Thread()
 class _TrioCall(_Call):
     """Cancels as trio does: again and again, until the call has ended."""
 
-    __slots__ = ("_asked", "_cancel_scope")
+    __slots__ = ("_asked", "_cancel_scope", "_settled")
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
         self._asked = anyio.Event()
+        self._settled = anyio.Event()
         self._cancel_scope = CancelScope()
 
     async def run(self, awaitable: Awaitable[T]) -> T:
@@ -284,7 +287,17 @@ class _TrioCall(_Call):
             raise self.watch.error()
         return result
 
+    def tell(self) -> None:
+        super().tell()
+        self._settled.set()
+
+    def end(self) -> None:
+        super().end()
+        self._settled.set()
+
     async def _watch(self) -> None:
+        if isinstance(self.around, _TrioCall) and self.around.watch is self.watch:
+            await self.around._settled.wait()  # until then, what cancels that one cancels this one
         with move_on_after(PATIENCE):
             await self._asked.wait()
         try:
@@ -298,4 +311,5 @@ class _TrioCall(_Call):
 
     def cancel(self) -> None:
         if not self.told:
+            self.cancelled = True
             self._cancel_scope.cancel()

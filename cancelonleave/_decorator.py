@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
@@ -12,6 +11,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast, overload
 from weakref import WeakSet
 
+from anyio import get_cancelled_exc_class
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
@@ -77,6 +77,7 @@ def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT
         began = time.perf_counter()
         try:
             if watched.gone:
+                watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
                 raise ClientClosedRequest
             return await watched.watch.run(endpoint(*args, **kwargs))
         except BaseException as error:
@@ -85,8 +86,8 @@ def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT
             watched.log(request, time.perf_counter() - began)
             if on_disconnect is not None:
                 await _call(on_disconnect, request)
-            if isinstance(error, (ClientClosedRequest, asyncio.CancelledError)):
-                raise  # CancelledError: meant for the decorated endpoint that called this one
+            if isinstance(error, (ClientClosedRequest, get_cancelled_exc_class())):
+                raise  # a cancellation is meant for the decorated endpoint that called this one
             raise ClientClosedRequest from error
 
     guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
@@ -144,7 +145,7 @@ class _Watched:
         """Whether `error` left the endpoint because the client has left."""
         if not self.gone:
             return False
-        if isinstance(error, asyncio.CancelledError):
+        if isinstance(error, get_cancelled_exc_class()):
             return self.watch.cancelling
         if isinstance(error, BaseExceptionGroup):
             return error.split(ClientDisconnect)[1] is None  # a task group that was reading the body

@@ -7,18 +7,14 @@ import inspect
 import sys
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, ForwardRef, NamedTuple, Union, get_args, get_origin
 
 from starlette.requests import Request
 from starlette.websockets import WebSocket
 from typing_extensions import Format
 
 # From 3.14 on annotations are evaluated when read, and one name known to type checkers only would fail them all.
-_raw_signature: Callable[[Callable[..., object]], inspect.Signature] = (
-    functools.partial(inspect.signature, annotation_format=Format.FORWARDREF)
-    if sys.version_info >= (3, 14)
-    else inspect.signature
-)
+_LENIENT: dict[str, Any] = {"annotation_format": Format.FORWARDREF} if sys.version_info >= (3, 14) else {}  # Any: kwargs
 
 
 class RequestParameter(NamedTuple):
@@ -47,7 +43,7 @@ def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
 
     FastAPI before 0.123.5 looks the names up in the module of the decorator's wrapper, where they mean nothing.
     """
-    signature = _raw_signature(endpoint)
+    signature = inspect.signature(endpoint, **_LENIENT)
     names = _global_names(endpoint)
     parameters = [p.replace(annotation=_resolved(p.annotation, names)) for p in signature.parameters.values()]
     return signature.replace(
@@ -92,9 +88,9 @@ def _annotated_as_request(parameter: inspect.Parameter) -> bool:
 
 
 def _named_request(parameter: inspect.Parameter) -> bool:
-    """Starlette hands it over by position, so the name need not be annotated, or may be known to type checkers only."""
-    unknown = parameter.annotation is parameter.empty or not isinstance(parameter.annotation, type)
-    return parameter.name == "request" and unknown
+    """Starlette hands it over by position, so it need not be annotated, or not with a name that is known at run time."""
+    unknown = parameter.annotation is parameter.empty or isinstance(parameter.annotation, (str, ForwardRef))
+    return parameter.name == "request" and unknown and parameter.default is parameter.empty
 
 
 def _resolved(annotation: object, names: dict[str, object]) -> object:

@@ -1,0 +1,25 @@
+"""The backends that every behaviour is tested on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import uvloop
+
+BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: anyio's own type for backend options
+    "asyncio": ("asyncio", {"loop_factory": asyncio.new_event_loop}),
+    "uvloop": ("asyncio", {"loop_factory": uvloop.new_event_loop}),
+    "trio": ("trio", {}),
+}
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    return request.param
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def asyncio_backend(request: pytest.FixtureRequest) -> object:
+    return BACKENDS[request.param]

@@ -1,0 +1,452 @@
+"""What FastAPI users rely on: with the decorator everything is as without it, until the client leaves."""
+
+import functools
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Annotated, Literal
+
+import anyio
+import pytest
+from client import Client
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
+from fastapi.responses import JSONResponse
+from future_endpoints import Endpoint, Guard, Work
+from shop import IDS, INVALID_IDS, INVALID_REQUESTS, REQUESTS, post, shop
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.sessions import SessionMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+
+pytestmark = pytest.mark.anyio
+
+LONGER_THAN_PATIENCE = 0.06
+FORM = "application/x-www-form-urlencoded"
+
+# Older versions of Starlette leave the body's generator in BaseHTTPMiddleware to the garbage collector.
+ignore_middleware_garbage = pytest.mark.filterwarnings(
+    "ignore:Async generator 'starlette.requests.Request.stream':ResourceWarning"
+)
+
+
+def undecorated(endpoint: Endpoint) -> Endpoint:
+    return endpoint
+
+
+async def no_work() -> None:
+    pass
+
+
+async def some_work() -> None:
+    await anyio.sleep(LONGER_THAN_PATIENCE)
+
+
+class Recorder:
+    def __init__(self, app: ASGIApp, statuses: list[int]) -> None:
+        self.app = app
+        self.statuses = statuses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def record(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.statuses.append(message["status"])
+            await send(message)
+
+        await self.app(scope, receive, record)
+
+
+def stack(names: str, statuses: list[int]) -> list[Middleware]:
+    async def dispatch(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = await call_next(request)
+        statuses.append(response.status_code)
+        return response
+
+    recorder = Middleware(Recorder, statuses)
+    known = {
+        "base": Middleware(BaseHTTPMiddleware, dispatch=dispatch),
+        "gzip": Middleware(GZipMiddleware, minimum_size=0),
+        "cors": Middleware(CORSMiddleware, allow_origins=["*"]),
+        "session": Middleware(SessionMiddleware, secret_key="secret"),
+    }
+    return [recorder, *(middleware for name in names.split() for middleware in (known[name], recorder))]
+
+
+cached_shop = functools.cache(shop)
+
+
+def test_openapi_document_is_as_undecorated() -> None:
+    documents = [json.dumps(shop(guard, no_work).openapi()) for guard in (cancel_on_disconnect, undecorated)]
+    assert documents[0] == documents[1]
+    assert "cancelonleave" not in documents[0]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
+@pytest.mark.parametrize("work", [no_work, some_work])
+async def test_answer_is_as_undecorated(request_: functools.partial[Client], work: Work) -> None:
+    decorated = await request_().request(cached_shop(cancel_on_disconnect, work))
+    plain = await request_().request(cached_shop(undecorated, no_work))
+    assert decorated.sent == plain.sent
+    assert decorated.status < 300 or "future/result" in decorated.path
+
+
+@pytest.mark.parametrize("request_", INVALID_REQUESTS, ids=INVALID_IDS)
+async def test_refusal_of_an_invalid_request_is_as_undecorated(request_: functools.partial[Client]) -> None:
+    decorated = await request_().request(cached_shop(cancel_on_disconnect, no_work))
+    plain = await request_().request(cached_shop(undecorated, no_work))
+    assert decorated.sent == plain.sent
+    assert decorated.status == 422
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
+async def test_leaving_cancels_an_endpoint_of_any_shape(request_: functools.partial[Client]) -> None:
+    client = request_()
+    cleaned_up = 0
+
+    async def work() -> None:
+        nonlocal cleaned_up
+        client.left.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cleaned_up += 1
+
+    await client.request(shop(cancel_on_disconnect, work))
+    assert client.status == 499
+    assert cleaned_up == 1
+
+
+async def transaction_in_coroutine(log: list[str]) -> AsyncIterator[None]:
+    with transaction(log):
+        yield
+
+
+def transaction_in_thread(log: list[str]) -> Iterator[None]:
+    with transaction(log):
+        yield
+
+
+@contextmanager
+def transaction(log: list[str]) -> Generator[None]:
+    try:
+        yield
+    except BaseException as error:
+        log.append(f"rollback after {type(error).__name__}")
+        raise
+    else:
+        log.append("commit")
+
+
+@pytest.mark.parametrize("scope", ["function", "request"])
+@pytest.mark.parametrize("dependency", [transaction_in_coroutine, transaction_in_thread])
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_yield_dependency_rolls_back_only_when_the_client_leaves(
+    leaves: bool, dependency: Callable[[list[str]], object], scope: Literal["function", "request"]
+) -> None:
+    app = FastAPI()
+    log: list[str] = []
+    client = Client()
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def endpoint(_: Annotated[None, Depends(functools.partial(dependency, log), scope=scope)]) -> None:
+        if leaves:
+            client.left.set()
+            await anyio.sleep_forever()
+        await some_work()
+
+    await client.request(app)
+    assert (client.status, log) == ((499, ["rollback after ClientClosedRequest"]) if leaves else (200, ["commit"]))
+
+
+async def test_callable_instance_answers_and_is_cancelled() -> None:
+    # Not among the others since FastAPI before 0.123 takes an undecorated one for a sync function.
+    client = await Client(path="/instance?q=a").request(shop(cancel_on_disconnect, some_work))
+    assert (client.status, client.content) == (200, b'"a"')
+    client = await Client(path="/instance", leave_after=0).request(shop(cancel_on_disconnect, anyio.sleep_forever))
+    assert client.status == 499
+
+
+@ignore_middleware_garbage
+@pytest.mark.parametrize("names", ["", "base base"])
+@pytest.mark.parametrize("work", [no_work, some_work])
+async def test_background_task_is_not_cancelled_by_the_disconnect_after_the_answer(work: Work, names: str) -> None:
+    statuses: list[int] = []
+    app = FastAPI(middleware=stack(names, statuses))
+    client = Client()
+    done: list[str] = []
+
+    async def task() -> None:
+        await client.left.wait()
+        await some_work()
+        done.append("task")
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(task)
+        await work()
+
+    await client.request(app)
+    assert client.status == 200
+    assert done == ["task"]
+
+
+async def test_background_task_does_not_run_when_the_client_left() -> None:
+    app = FastAPI()
+    client = Client()
+    done: list[str] = []
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(done.append, "task")
+        client.left.set()
+        await anyio.sleep_forever()
+
+    await client.request(app)
+    assert client.status == 499
+    assert done == []
+
+
+@ignore_middleware_garbage
+@pytest.mark.parametrize(
+    "names", ["", "base", "base base", "base base base", "gzip", "cors", "session", "base gzip base cors session base"]
+)
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_every_middleware_sees_the_status(leaves: bool, names: str) -> None:
+    statuses: list[int] = []
+    app = FastAPI(middleware=stack(names, statuses))
+    client = Client(headers={"Accept-Encoding": "gzip", "Origin": "http://other"})
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> str:
+        if "session" in names:
+            request.session["visited"] = True
+        if leaves:
+            client.left.set()
+            await anyio.sleep_forever()
+        await some_work()
+        return "stayed"
+
+    await client.request(app)
+    status = 499 if leaves else 200
+    assert client.status == status
+    assert statuses == [status] * (len(names.split()) + names.count("base") + 1)
+
+
+@pytest.mark.parametrize("handled", [ClientDisconnect, HTTPException, ClientClosedRequest, 499])
+async def test_custom_handler_gets_the_exception(handled: int | type[Exception]) -> None:
+    caught: list[Exception] = []
+    client = Client()
+
+    async def handler(request: Request, error: Exception) -> Response:
+        caught.append(error)
+        return JSONResponse(None, 418)
+
+    app = FastAPI(exception_handlers={handled: handler})
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def endpoint() -> None:
+        client.left.set()
+        await anyio.sleep_forever()
+
+    await client.request(app)
+    assert client.status == 418
+    assert [type(error) for error in caught] == [ClientClosedRequest]
+
+
+@pytest.mark.parametrize("handled", [Exception, 500])
+async def test_handler_for_server_errors_is_called_for_errors_only(handled: int | type[Exception]) -> None:
+    caught: list[type[Exception]] = []
+    client = Client(path="/leave")
+
+    async def handler(request: Request, error: Exception) -> Response:
+        caught.append(type(error))
+        return JSONResponse(None, 500)
+
+    app = FastAPI(exception_handlers={handled: handler})
+
+    @app.get("/leave")
+    @cancel_on_disconnect
+    async def leave() -> None:
+        client.left.set()
+        await anyio.sleep_forever()
+
+    @app.get("/fail")
+    @cancel_on_disconnect
+    async def fail() -> None:
+        raise ValueError
+
+    await client.request(app)
+    assert (client.status, caught) == (499, [])
+    with pytest.RaisesGroup(ValueError):  # the client's task group
+        await Client(path="/fail").request(app)
+    assert caught == [ValueError]
+
+
+@ignore_middleware_garbage
+@pytest.mark.parametrize("names", ["", "base base"])
+@pytest.mark.parametrize("work", [no_work, some_work])
+@pytest.mark.parametrize("guard", [cancel_on_disconnect, undecorated])
+async def test_http_exception_of_the_endpoint_keeps_its_status(guard: Guard, work: Work, names: str) -> None:
+    app = FastAPI(middleware=stack(names, []))
+
+    @app.get("/")
+    @guard
+    async def endpoint() -> None:
+        await work()
+        raise HTTPException(404, "nothing here", {"X-Reason": "none"})
+
+    client = await Client().request(app)
+    assert (client.status, client.content) == (404, b'{"detail":"nothing here"}')
+
+
+@pytest.mark.parametrize("work", [no_work, some_work])
+@pytest.mark.parametrize("guard", [cancel_on_disconnect, undecorated])
+@pytest.mark.parametrize("error", [ValueError("own"), ExceptionGroup("own", [KeyError(), OSError()])], ids=type)
+async def test_other_exception_of_the_endpoint_is_raised_unchanged(error: Exception, guard: Guard, work: Work) -> None:
+    app = FastAPI()
+    raised: list[Exception] = []
+
+    @app.get("/")
+    @guard
+    async def endpoint() -> None:
+        await work()
+        raise error
+
+    async def server(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception as error:
+            raised.append(error)
+
+    client = await Client().request(server)
+    assert client.status == 500
+    assert raised == [error]
+
+
+async def read_body(request: Request) -> str:
+    return (await request.body()).decode()
+
+
+async def read_json(request: Request) -> str:
+    return str((await request.json())["text"])
+
+
+async def read_form(request: Request) -> str:
+    return str((await request.form())["text"])
+
+
+async def read_stream(request: Request) -> str:
+    text = ""
+    async for chunk in request.stream():
+        text += chunk.decode()
+        await anyio.sleep(0.01)
+    return text
+
+
+async def read_after_asking(request: Request) -> str:
+    assert not await request.is_disconnected()
+    return await read_body(request)
+
+
+@ignore_middleware_garbage
+@pytest.mark.parametrize("names", ["", "base", "base base", "base base base"])
+@pytest.mark.parametrize(
+    ("read", "around"),
+    [
+        (read_body, ""),
+        (read_json, '{"text": "|"}'),
+        (read_form, "text=|"),
+        (read_stream, ""),
+        (read_after_asking, ""),
+    ],
+)
+async def test_body_read_after_a_while_is_complete(
+    read: Callable[[Request], Awaitable[str]], around: str, names: str
+) -> None:
+    app = FastAPI(middleware=stack(names, []))
+    text = "0123456789" * 20_000  # more than is read ahead
+    before, _, after = around.partition("|")
+
+    @app.post("/")
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        await some_work()
+        return Response(await read(request))
+
+    chunks = [text[start : start + 30_000].encode() for start in range(0, len(text), 30_000)]
+    client = Client("POST", headers={"Content-Type": FORM}, body=[before.encode(), *chunks, after.encode()])
+    await client.request(app)
+    assert client.status == 200
+    assert client.content.decode() == text
+
+
+async def test_body_that_fastapi_read_can_be_read_again() -> None:
+    app = FastAPI()
+
+    @app.post("/")
+    @cancel_on_disconnect
+    async def endpoint(numbers: list[int], request: Request) -> bool:
+        await some_work()
+        return bool(await request.json() == numbers)
+
+    client = await post("/", b"[1, ", b"2]")().request(app)
+    assert (client.status, client.content) == (200, b"true")
+
+
+@ignore_middleware_garbage
+@pytest.mark.parametrize("names", ["", "base", "base base base"])
+async def test_endpoint_that_learns_of_the_leave_by_reading_is_not_cancelled_as_well(names: str) -> None:
+    statuses: list[int] = []
+    app = FastAPI(middleware=stack(names, statuses))
+    client = Client("POST", body=[b"x" * 70_000] * 3)
+    log: list[str] = []
+
+    @app.post("/")
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        try:
+            async with aclosing(request.stream()) as chunks:
+                async for _ in chunks:
+                    client.left.set()
+        except ClientDisconnect:
+            await some_work()
+            log.append("cleaned up")
+            raise
+
+    await client.request(app)
+    assert client.status == 499
+    assert log == ["cleaned up"]
+    assert statuses == [499] * (2 * names.count("base") + 1)
+
+
+async def test_log_names_the_template_of_the_route(caplog: pytest.LogCaptureFixture) -> None:
+    app = FastAPI()
+    router = APIRouter(prefix="/shops/{shop}")
+    caplog.set_level(logging.INFO, logger="cancelonleave")
+
+    @router.get("/items/{item_id}")
+    @app.get("/items/{item_id}")
+    @cancel_on_disconnect
+    async def endpoint(item_id: int) -> None:
+        await anyio.sleep_forever()
+
+    app.include_router(router)
+    await Client(path="/items/3", leave_after=0).request(app)
+    await Client(path="/shops/north/items/3", leave_after=0).request(app)
+    records = [record for record in caplog.records if record.name == "cancelonleave"]
+    assert [getattr(record, "route", None) for record in records] == [
+        "/items/{item_id}",
+        "/shops/{shop}/items/{item_id}",
+    ]

@@ -1,0 +1,432 @@
+"""What Starlette users rely on: any async function that takes a Request, however it gets it."""
+
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Literal
+
+import anyio
+import pytest
+from client import Client
+from future_endpoints import Endpoint, Guard, Work, starlette_endpoints
+from starlette.applications import Starlette
+from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser, requires
+from starlette.endpoints import HTTPEndpoint
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.authentication import AuthenticationMiddleware
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route, Router
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+
+pytestmark = pytest.mark.anyio
+
+LONGER_THAN_PATIENCE = 0.06
+
+
+class OwnRequest(Request):
+    pass
+
+
+class Tokens(AuthenticationBackend):
+    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, BaseUser] | None:
+        if "authorization" not in conn.headers:
+            return None
+        return AuthCredentials(["authenticated"]), SimpleUser("user")
+
+
+def with_wraps(endpoint: Endpoint) -> Endpoint:
+    @functools.wraps(endpoint)
+    async def wrapper(*args: object, **kwargs: object) -> object:
+        return await endpoint(*args, **kwargs)
+
+    return wrapper
+
+
+def without_wraps(endpoint: Endpoint) -> Endpoint:
+    async def wrapper(*args: object, **kwargs: object) -> object:
+        return await endpoint(*args, **kwargs)
+
+    return wrapper
+
+
+def with_own_signature(endpoint: Endpoint) -> Endpoint:
+    async def wrapper(http: Request) -> object:
+        return await endpoint(http)
+
+    return wrapper
+
+
+def undecorated(endpoint: Endpoint) -> Endpoint:
+    return endpoint
+
+
+async def no_work() -> None:
+    pass
+
+
+async def some_work() -> None:
+    await anyio.sleep(LONGER_THAN_PATIENCE)
+
+
+def site(guard: Guard, work: Work) -> Starlette:
+    async def plain(request: Request) -> Response:
+        await work()
+        return PlainTextResponse(request.method)
+
+    async def renamed(http: Request) -> Response:
+        await work()
+        return PlainTextResponse(http.method)
+
+    plain.__annotations__ = renamed.__annotations__ = {}  # as many write them, but not in a type-checked file
+
+    async def annotated(request: Request) -> Response:
+        await work()
+        return PlainTextResponse(request.method)
+
+    async def annotated_and_renamed(http: Request) -> Response:
+        await work()
+        return PlainTextResponse(http.method)
+
+    async def subclass(http: OwnRequest) -> Response:
+        await work()
+        return PlainTextResponse(http.method)
+
+    async def any_arguments(*args: Request, **kwargs: object) -> Response:
+        await work()
+        return PlainTextResponse(f"{len(args)} {kwargs}")
+
+    async def prefixed(prefix: str, request: Request, suffix: str = "") -> Response:
+        await work()
+        return PlainTextResponse(prefix + request.method + suffix)
+
+    class Instance:
+        async def __call__(self, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(request.method)
+
+    class Methods:
+        @guard
+        async def bound(self, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(type(self).__name__)
+
+        async def bound_then_decorated(self, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(type(self).__name__)
+
+        @staticmethod
+        @guard
+        async def static(request: Request) -> Response:
+            await work()
+            return PlainTextResponse("static")
+
+        @guard
+        @staticmethod
+        async def static_below(request: Request) -> Response:
+            await work()
+            return PlainTextResponse("static")
+
+        @classmethod
+        @guard
+        async def of_class(cls, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(cls.__name__)
+
+        @guard
+        @classmethod
+        async def of_class_below(cls, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(cls.__name__)
+
+    class Resource(HTTPEndpoint):
+        @guard
+        async def get(self, request: Request) -> Response:
+            await work()
+            return PlainTextResponse(type(self).__name__ + request.path_params["item_id"])
+
+        @guard
+        async def post(self, http: Request) -> Response:
+            await work()
+            return PlainTextResponse(await http.body())
+
+    @requires("authenticated")
+    @guard
+    async def required_above(request: Request) -> Response:
+        await work()
+        return PlainTextResponse(request.user.display_name)
+
+    @guard
+    @requires("authenticated")
+    async def required_below(request: Request) -> Response:
+        await work()
+        return PlainTextResponse(request.user.display_name)
+
+    endpoints: dict[str, Endpoint] = {
+        "/plain": guard(plain),
+        "/renamed": guard(renamed),
+        "/annotated": guard(annotated),
+        "/annotated-and-renamed": guard(annotated_and_renamed),
+        "/subclass": guard(subclass),
+        "/any-arguments": guard(any_arguments),
+        "/twice": guard(guard(annotated)),
+        "/bound": Methods().bound,
+        "/bound-then-decorated": guard(Methods().bound_then_decorated),
+        "/static": Methods.static,
+        "/static-below": Methods.static_below,
+        "/class": Methods.of_class,
+        "/class-below": Methods().of_class_below,
+        "/partial": guard(functools.partial(prefixed, "prefix ")),
+        "/partial-by-keyword": guard(functools.partial(functools.partial(prefixed, "prefix "), suffix=" suffix")),
+        "/partial-of-decorated": functools.partial(guard(prefixed), "prefix "),
+        "/call-of-instance": guard(Instance().__call__),
+        "/required-above": required_above,
+        "/required-below": required_below,
+        "/wraps-above": with_wraps(guard(annotated)),
+        "/wraps-below": guard(with_wraps(annotated)),
+        "/no-wraps-above": without_wraps(guard(annotated)),
+        "/no-wraps-below": guard(without_wraps(annotated)),
+        "/own-signature-above": with_own_signature(guard(annotated)),
+        "/own-signature-below": guard(with_own_signature(annotated)),
+        **starlette_endpoints(guard, work),
+    }
+    routes = [Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints.items()]
+    routes.append(Route("/resource/{item_id}", Resource))
+    nested = Mount("/nested", routes=[Mount("/deep/{name}", app=Router(routes))])
+    return Starlette(routes=[nested, *routes], middleware=[Middleware(AuthenticationMiddleware, backend=Tokens())])
+
+
+cached_site = functools.cache(site)
+
+TOKEN = {"Authorization": "token"}
+PATHS = [
+    *(
+        route.path
+        for route in cached_site(undecorated, no_work).routes
+        if isinstance(route, Route) and "{" not in route.path
+    ),
+    "/resource/3",
+    "/nested/deep/a/plain",
+    "/nested/deep/a/resource/3",
+]
+
+
+@pytest.mark.parametrize("work", [no_work, some_work])
+@pytest.mark.parametrize("path", PATHS)
+async def test_answer_is_as_undecorated(path: str, work: Work) -> None:
+    decorated = await Client(path=path, headers=TOKEN).request(cached_site(cancel_on_disconnect, work))
+    plain = await Client(path=path, headers=TOKEN).request(cached_site(undecorated, no_work))
+    assert decorated.sent == plain.sent
+    assert decorated.status == 200
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_leaving_cancels_an_endpoint_of_any_shape(path: str) -> None:
+    client = Client(path=path, headers=TOKEN)
+    cleaned_up = 0
+
+    async def work() -> None:
+        nonlocal cleaned_up
+        client.left.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            cleaned_up += 1
+
+    await client.request(site(cancel_on_disconnect, work))
+    assert client.status == 499
+    assert cleaned_up == 1
+
+
+@pytest.mark.parametrize("path", ["/required-above", "/required-below"])
+async def test_requires_still_refuses(path: str) -> None:
+    client = await Client(path=path).request(site(cancel_on_disconnect, no_work))
+    assert client.status == 403
+
+
+async def test_method_of_http_endpoint_reads_its_body_after_a_while() -> None:
+    client = Client("POST", "/resource/3", body=[b"a", b"b", b"c"])
+    await client.request(site(cancel_on_disconnect, some_work))
+    assert (client.status, client.content) == (200, b"abc")
+
+
+async def test_callable_instance_becomes_an_endpoint() -> None:
+    class Instance:
+        async def __call__(self, request: Request) -> None:
+            client.left.set()
+            await anyio.sleep_forever()
+
+    client = Client()
+    await client.request(Starlette(routes=[Route("/", cancel_on_disconnect(Instance()))]))
+    assert client.status == 499
+
+
+async def test_exception_leaves_a_router_without_exception_handling() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        client.left.set()
+        await anyio.sleep_forever()
+
+    client = Client()
+    with pytest.RaisesGroup(ClientClosedRequest):  # the client's task group
+        await client.request(Router([Route("/", endpoint)]))
+    assert client.sent == []
+
+
+class Caller:
+    """An undecorated endpoint that calls a decorated function, and what became of that."""
+
+    def __init__(self, call: Callable[[Request], Awaitable[object]]) -> None:
+        self.call = call
+        self.caught: list[Exception] = []
+
+    async def endpoint(self, request: Request) -> Response:
+        try:
+            await self.call(request)
+        except ClientDisconnect as error:
+            await some_work()
+            self.caught.append(error)
+        return PlainTextResponse("caller's own")
+
+
+@cancel_on_disconnect
+async def first(request: Request, count: int = 1) -> None:
+    await anyio.sleep_forever()
+
+
+@cancel_on_disconnect
+async def second(count: int, http: Request) -> None:
+    await anyio.sleep_forever()
+
+
+@cancel_on_disconnect
+async def keyword_only(count: int, *, http: Request | None = None) -> None:
+    await anyio.sleep_forever()
+
+
+@cancel_on_disconnect
+async def somewhere(*args: object, **kwargs: object) -> None:
+    await anyio.sleep_forever()
+
+
+CALLS: dict[str, Callable[[Request], Awaitable[None]]] = {
+    "positional": lambda request: first(request),
+    "keyword": lambda request: first(count=1, request=request),
+    "second": lambda request: second(1, request),
+    "second-by-keyword": lambda request: second(http=request, count=1),
+    "keyword-only": lambda request: keyword_only(1, http=request),
+    "args": lambda request: somewhere(1, request),
+    "kwargs": lambda request: somewhere(1, anything=request),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+async def test_exception_reaches_the_caller_of_a_decorated_function(call: Callable[[Request], Awaitable[None]]) -> None:
+    caller = Caller(call)
+    client = await Client(leave_after=0).request(Starlette(routes=[Route("/", caller.endpoint)]))
+    assert [type(error) for error in caller.caught] == [ClientClosedRequest]
+    assert (client.status, client.content) == (200, b"caller's own")
+
+
+async def test_call_without_a_request_just_runs() -> None:
+    @cancel_on_disconnect
+    async def add(a: int, b: int = 2, *, request: Request | None = None) -> int:
+        await some_work()
+        return a + b
+
+    @cancel_on_disconnect
+    async def fail() -> None:
+        raise HTTPException(404)
+
+    assert await add(1) == 3
+    assert await add(a=1, b=1, request=None) == 2
+    with pytest.raises(HTTPException, match="404"):
+        await fail()
+
+
+word: ContextVar[str] = ContextVar("word", default="unset")
+
+
+@pytest.mark.parametrize("work", [no_work, some_work])
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_context_variables_set_in_the_endpoint_are_visible_to_the_caller(leaves: bool, work: Work) -> None:
+    seen: list[str] = []
+    client = Client()
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        word.set("by the endpoint")
+        await work()
+        if leaves:
+            client.left.set()
+            await anyio.sleep_forever()
+        return PlainTextResponse(word.get())
+
+    app = Starlette(routes=[Route("/", endpoint)])
+
+    async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+        word.set("by the caller")
+        await app(scope, receive, send)
+        seen.append(word.get())
+
+    await client.request(outer)
+    assert client.status == (499 if leaves else 200)
+    assert seen == ["by the endpoint"]
+
+
+def records(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.name == "cancelonleave"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_one_record_is_logged_for_a_leave(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="cancelonleave")
+    templates: list[str | None] = []
+
+    @cancel_on_disconnect
+    async def inner(request: Request) -> None:
+        await anyio.sleep_forever()
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        templates.append(getattr(request.scope.get("route"), "path", None))
+        await inner(request)
+
+    app = Starlette(routes=[Route("/items/{item_id}", endpoint, methods=["GET", "POST"])])
+    await Client(method, "/items/3", leave_after=LONGER_THAN_PATIENCE).request(app)
+    (record,) = records(caplog)
+    assert record.levelno == logging.INFO
+    assert record.__dict__["method"] == method
+    assert record.__dict__["route"] == templates[0]  # older versions of Starlette don't tell
+    assert templates[0] in ("/items/{item_id}", None)
+    assert 0.9 * LONGER_THAN_PATIENCE < record.__dict__["seconds"] < 5
+    assert "/items/3" not in record.getMessage()
+
+
+async def test_nothing_is_logged_for_a_client_that_stays(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="cancelonleave")
+    for path in ("/plain", "/nowhere"):
+        await Client(path=path).request(site(cancel_on_disconnect, some_work))
+    assert records(caplog) == []
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("work", [no_work, some_work])
+def test_endpoint_works_under_starlettes_test_client(work: Work, backend: Literal["asyncio", "trio"]) -> None:
+    @cancel_on_disconnect
+    async def fail(request: Request) -> Response:
+        await work()
+        raise HTTPException(404, request.url.path)
+
+    app = site(cancel_on_disconnect, work)
+    app.add_route("/fail", fail)
+    with TestClient(app, backend=backend) as client:
+        assert client.get("/plain").text == "GET"
+        assert client.post("/resource/3", content=b"a" * 100_000).text == "a" * 100_000
+        assert client.get("/fail").status_code == 404
+        assert client.get("/annotated").status_code == 200

@@ -1,0 +1,619 @@
+"""Random requests against an oracle: the promises, tried on endpoints that nobody would think of.
+
+Run a million of them with `python tests/trials.py --backend asyncio --trials 1000000`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anyio
+import trio
+import trio.testing
+from anyio.lowlevel import checkpoint
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message
+from virtual import AsyncioLoop, UvloopLoop
+
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+
+BACKENDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {  # Any: anyio's own type for backend options
+    "asyncio": ("asyncio", lambda: {"loop_factory": AsyncioLoop}),
+    "uvloop": ("asyncio", lambda: {"loop_factory": UvloopLoop}),
+    "trio": ("trio", lambda: {"clock": trio.testing.MockClock(autojump_threshold=0)}),
+}
+
+# All times are in milliseconds of virtual time, on a coarse grid, so that many things happen in the same instant.
+GRID = (0, 1, 5, 10, 20, 25, 30, 50, 60, 75, 100, 150)
+STARTED = 50  # a watch is on by then
+LATE = 30  # a cancellation that had to wait for something is delivered this much after it, at the latest
+
+Step = tuple[Any, ...]  # Any: the name of a step, its numbers, and steps inside it
+
+
+class Fault(AssertionError):
+    """A promise was broken."""
+
+
+@dataclass
+class Plan:
+    """One random request: its body, its client, its server, its endpoint, and what interferes from outside."""
+
+    seed: int
+    native: bool
+    chunks: list[tuple[int, bytes]]
+    final_is_empty: bool
+    leave: int | None
+    once: bool
+    drops_body: bool
+    checkpoints: bool
+    outside: tuple[str, int] | None
+    steps: list[Step]
+
+
+class Planner:
+    """Draws plans. `native` allows what only asyncio has: gather, TaskGroup, timeout, Task.cancel()."""
+
+    def __init__(self, seed: int, *, native: bool) -> None:
+        self.random = random.Random(seed)
+        self.seed = seed
+        self.native = native
+        self.outside: tuple[str, int] | None = None
+        self.leave: int | None = None
+
+    def plan(self) -> Plan:
+        draw = self.random
+        self.leave = draw.choice((*GRID, 200, 300)) if draw.random() < 0.7 else None
+        # Without a leave the request is compared with the undecorated one: no ties there, whose order means nothing.
+        offset = 0 if self.leave is not None else 2
+        if draw.random() < 0.3:
+            kinds = ("cancel", "timeout", "fail_after") if self.native else ("fail_after",)
+            self.outside = draw.choice(kinds), draw.choice(GRID[1:]) + offset * 2
+        times = sorted(draw.choice(GRID) + offset for _ in range(draw.randint(0, 5)))
+        return Plan(
+            seed=self.seed,
+            native=self.native,
+            chunks=[(time, draw.randbytes(draw.randint(1, 9))) for time in times],
+            final_is_empty=draw.random() < 0.5,
+            leave=self.leave,
+            once=draw.random() < 0.5,
+            drops_body=draw.random() < 0.3,
+            checkpoints=draw.random() < 0.5 or self.leave is None,  # under a cancelled scope, we always do
+            outside=self.outside,
+            steps=self.steps(depth=3, most=5),
+        )
+
+    def steps(self, depth: int, most: int = 3, *, child: bool = False) -> list[Step]:
+        return [self.step(depth, child=child) for _ in range(self.random.randint(1, most))]
+
+    def step(self, depth: int, *, child: bool) -> Step:
+        draw = self.random
+        simple = ["tick", "sleep", "sleep", "sleep", "shield"]
+        if not child:  # one stream has one reader
+            simple += ["read", "body"]
+        if not child and self.leave is not None:  # undecorated, it would eat a piece of the body
+            simple += ["poll"]
+        nested = ["cleanup", "cleanup", "nursery", "inner"]
+        if not child:  # anyio 4.16 may uncancel a nursery's own task for a timeout of its child's
+            nested += ["move_on_after", "fail_after"]
+        if self.native:
+            nested += ["gather", "task_group", "timeout"]
+            if self.outside is None:
+                nested += ["swallow"]
+        kind = draw.choice(simple + nested * 2 if depth else simple)
+        if draw.random() < 0.04 and not child:  # a child's would leave gather's others behind
+            kind = draw.choice(("http_error", "error"))
+        match kind:
+            case "sleep" | "shield":
+                return kind, draw.choice(GRID)
+            case "read":
+                return kind, draw.randint(1, 3)
+            case "cleanup" | "move_on_after" | "fail_after" | "timeout":
+                # No timeout of 0: whether it cuts a read hangs on whether that has a checkpoint, ahead it has none.
+                return kind, draw.choice(GRID[1:]), self.steps(depth - 1, child=child)
+            case "gather" | "task_group" | "nursery":
+                return kind, [self.steps(depth - 1, child=True) for _ in range(draw.randint(1, 3))]
+            case "inner":
+                return kind, child or draw.random() < 0.5, self.steps(depth - 1, child=child)
+            case "swallow":
+                return kind, self.steps(depth - 1, child=child)
+            case _:
+                return (kind,)
+
+
+class Server:
+    """Gives the messages of a plan at their times, and notes how it should not have been called."""
+
+    def __init__(self, plan: Plan, began: float) -> None:
+        self.plan = plan
+        self.began = began
+        self.faults: list[str] = []
+        self.receiving = self.interrupted = self.told = False
+        last = len(plan.chunks) - 1
+        self.messages: list[tuple[int, Message]] = [
+            (time, {"type": "http.request", "body": data, "more_body": index < last or plan.final_is_empty})
+            for index, (time, data) in enumerate(plan.chunks)
+        ]
+        if plan.final_is_empty or not plan.chunks:
+            self.messages.append((plan.chunks[-1][0] if plan.chunks else 0, {"type": "http.request", "body": b""}))
+
+    @property
+    def now(self) -> int:
+        return round((anyio.current_time() - self.began) * 1000)
+
+    @property
+    def gone(self) -> bool:
+        return self.plan.leave is not None and self.plan.leave <= self.now
+
+    async def receive(self) -> Message:
+        if self.receiving:
+            self.faults.append("receive() was called by two at once")
+        if self.interrupted and self.messages:
+            self.faults.append("receive() was cancelled and called again while body may come")
+        self.receiving = self.interrupted = True
+        try:
+            if self.plan.checkpoints:
+                await checkpoint()
+            while (message := self._next()) is None:
+                times = [time for time, _ in self.messages[:1]]
+                if self.plan.leave is not None:
+                    times.append(self.plan.leave)
+                later = [time for time in times if time > self.now]
+                await (anyio.sleep_until(self.began + min(later) / 1000) if later else anyio.sleep_forever())
+            self.interrupted = False
+            return message
+        finally:
+            self.receiving = False
+
+    def _next(self) -> Message | None:
+        if self.gone and self.plan.drops_body:
+            self.messages.clear()
+        if self.messages:
+            time = self.messages[0][0]
+            if time <= self.now and (self.plan.leave is None or time <= self.plan.leave):
+                return self.messages.pop(0)[1]
+        if self.gone and not (self.told and self.plan.once):
+            self.messages.clear()
+            self.told = True
+            return {"type": "http.disconnect"}
+        return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in an endpoint a step stands, as far as it excuses what would be a fault elsewhere."""
+
+    fired: tuple[Callable[[], bool], ...] = ()  # timeouts around it: each cancels for itself
+    natively: tuple[Callable[[], bool], ...] = ()  # those that cut through anyio's shields
+    in_nursery: bool = False  # anyio cancels a task group's children again and again
+    in_task: bool = False  # gather and TaskGroup cancel their children natively
+
+    def inside(self, *fired: Callable[[], bool], natively: bool = False) -> Place:
+        return replace(self, fired=self.fired + fired, natively=self.natively + (fired if natively else ()))
+
+
+class World:
+    """One run of a plan: what the endpoint does, and what it should not have seen."""
+
+    def __init__(self, plan: Plan, *, decorated: bool) -> None:
+        self.plan = plan
+        self.decorated = decorated
+        self.steps = repr(plan.steps)
+        self.gathers = "'gather'" in self.steps
+        # These raise a CancelledError of their own, which a timeout of anyio's around them doesn't know for its own.
+        self.recancels = self.gathers or "'task_group'" in self.steps
+        self.server = Server(plan, anyio.current_time())
+        self.request = Request({"type": "http", "method": "POST", "path": "/", "headers": []}, self.server.receive)
+        self.faults = self.server.faults
+        self.trace: list[tuple[object, ...]] = []
+        self.body = b""
+        self.stream: AsyncGenerator[bytes] | None = None
+        self.whole = False  # the body was read to its end
+        self.told = False  # the endpoint has learned of the leave, and goes on
+        self.told_by_reading = False
+        self.in_care = 0  # cleanups and shields under way
+        self.settled = 0  # when the last of them ended
+        self.hooks: list[str] = []
+        self.end: object = None  # how the endpoint ended: its result or its exception
+        self.outcome: object = None  # what its caller got
+        self.final: object = None  # what came out of the timeout around that
+        self.cancelling = 0
+        self.left_behind = 0
+        self.outside_fired: Callable[[], bool] = lambda: False
+        self.outside_was_first = False
+
+    def note(self, *event: object) -> None:
+        self.trace.append((self.server.now, *event))
+
+    def fault(self, text: str) -> None:
+        self.faults.append(f"at {self.server.now} ms: {text}")
+
+    def hook(self, request: Request) -> None:
+        self.hooks.append("endpoint")
+        if self.in_care and not self.gathers:
+            self.fault("on_disconnect was called before the cleanup had ended")
+
+    async def endpoint(self, request: Request) -> str:
+        try:
+            await self.run(self.plan.steps, Place())
+            await checkpoint()
+        except BaseException as error:
+            self.end = error
+            raise
+        else:
+            self.end = "result"
+            return "result"
+        finally:
+            self.outside_was_first = self.outside_fired()
+
+    async def run(self, steps: list[Step], place: Place) -> None:
+        for name, *rest in steps:
+            self.note(name)
+            await getattr(self, f"do_{name}")(place, *rest)
+
+    async def do_tick(self, place: Place) -> None:
+        await checkpoint()
+
+    async def do_sleep(self, place: Place, time: int) -> None:
+        if self.plan.leave is not None and not self.told and not self.in_care:
+            due = max(self.plan.leave, STARTED, self.settled) + LATE
+            if self.server.now > due:
+                self.fault(f"the endpoint should have been cancelled by {due} ms, but goes on")
+        await anyio.sleep(time / 1000)
+
+    async def do_shield(self, place: Place, time: int) -> None:
+        with anyio.CancelScope(shield=True), self.care("a shield") as done:
+            try:
+                await anyio.sleep(time / 1000)
+                done()
+            finally:
+                native_outside = self.plan.outside is not None and self.plan.outside[0] != "fail_after"
+                if native_outside or place.in_task or any(fired() for fired in place.natively):
+                    done()
+        await checkpoint()
+
+    async def do_cleanup(self, place: Place, time: int, steps: list[Step]) -> None:
+        told = False
+        try:
+            await self.run(steps, place)
+        except (anyio.get_cancelled_exc_class(), ClientDisconnect):
+            told = True
+            raise
+        finally:
+            with self.care("a cleanup") as done:
+                try:
+                    await anyio.sleep(time / 1000)
+                    await checkpoint()
+                    done()
+                finally:
+                    level = not self.plan.native or place.in_nursery
+                    if not told or level or self.plan.outside is not None or any(fired() for fired in place.fired):
+                        done()
+
+    @contextmanager
+    def care(self, what: str) -> Iterator[Callable[[], None]]:
+        excused = False
+
+        def done() -> None:
+            nonlocal excused
+            excused = True
+
+        self.in_care += 1
+        try:
+            yield done
+        finally:
+            self.in_care -= 1
+            self.settled = self.server.now
+            if not excused:
+                self.fault(f"{what} was cut short")
+
+    async def do_read(self, place: Place, chunks: int) -> None:
+        for _ in range(chunks):
+            if not await self.read():
+                break
+
+    async def do_body(self, place: Place) -> None:
+        while await self.read():
+            pass
+
+    async def read(self) -> bool:
+        if self.stream is None:
+            self.stream = self.request.stream()
+        try:
+            piece = await anext(self.stream)
+        except StopAsyncIteration:
+            self.whole = True
+            return False
+        except ClientDisconnect:
+            self.stream = None
+            self.told_by_reading = self.told = True
+            if not self.server.gone:
+                self.fault("a disconnect, but the client is there")
+            raise
+        except BaseException as error:
+            self.stream = None  # a generator that was cut is over
+            if isinstance(error, RuntimeError):
+                return False  # "Stream consumed"
+            raise
+        self.body += piece
+        self.note("piece", piece)
+        return True
+
+    async def do_poll(self, place: Place) -> None:
+        if await self.request.is_disconnected():
+            cancelled = self.told or self.in_care or anyio.current_effective_deadline() == -math.inf
+            self.told_by_reading |= not cancelled
+            self.told = True
+            if not self.server.gone:
+                self.fault("a disconnect, but the client is there")
+
+    async def do_move_on_after(self, place: Place, time: int, steps: list[Step]) -> None:
+        with anyio.move_on_after(time / 1000) as scope:
+            await self.run(steps, place.inside(lambda: scope.cancel_called))
+        self.note("moved on", scope.cancelled_caught)
+
+    async def do_fail_after(self, place: Place, time: int, steps: list[Step]) -> None:
+        with suppress(TimeoutError), anyio.fail_after(time / 1000) as scope:
+            await self.run(steps, place.inside(lambda: scope.cancel_called))
+
+    async def do_timeout(self, place: Place, time: int, steps: list[Step]) -> None:
+        deadline = anyio.current_time() + time / 1000
+
+        def fired() -> bool:
+            return anyio.current_time() >= deadline
+
+        with suppress(TimeoutError):
+            async with asyncio.timeout(time / 1000):
+                await self.run(steps, place.inside(fired, natively=True))
+
+    async def do_nursery(self, place: Place, children: list[list[Step]]) -> None:
+        async with anyio.create_task_group() as task_group:
+            for steps in children:
+                task_group.start_soon(self.run, steps, replace(place, in_nursery=True))
+
+    async def do_gather(self, place: Place, children: list[list[Step]]) -> None:
+        await asyncio.gather(*(self.run(steps, replace(place, in_task=True)) for steps in children))
+
+    async def do_task_group(self, place: Place, children: list[list[Step]]) -> None:
+        async with asyncio.TaskGroup() as task_group:
+            for steps in children:
+                task_group.create_task(self.run(steps, replace(place, in_task=True)))
+
+    async def do_swallow(self, place: Place, steps: list[Step]) -> None:
+        try:
+            await self.run(steps, place)
+        except asyncio.CancelledError:
+            self.told = True
+
+    async def do_inner(self, place: Place, catches: bool, steps: list[Step]) -> None:
+        async def inner(request: Request) -> None:
+            await self.run(steps, place)
+
+        called = cancel_on_disconnect(inner) if self.decorated else inner
+        try:
+            await called(self.request)
+            await checkpoint()
+        except ClientClosedRequest:
+            self.told = True
+            if not catches:
+                raise
+
+    async def do_http_error(self, place: Place) -> None:
+        raise HTTPException(418)
+
+    async def do_error(self, place: Place) -> None:
+        raise ValueError("the endpoint's own")
+
+
+async def run_plan(plan: Plan, *, decorated: bool) -> World:
+    """Run a plan once; the world it returns knows how it went."""
+    world = World(plan, decorated=decorated)
+    tasks = living_tasks(native=plan.native)
+    endpoint = cancel_on_disconnect(on_disconnect=world.hook)(world.endpoint) if decorated else world.endpoint
+
+    async def call() -> None:
+        try:
+            world.outcome = await endpoint(world.request)
+        except BaseException as error:
+            world.outcome = error
+            raise
+
+    async def host() -> None:
+        try:
+            await call_from_outside(world, call)
+        except BaseException as error:
+            world.final = error
+        else:
+            world.final = world.outcome
+        if plan.native:
+            task = asyncio.current_task()
+            assert task is not None
+            world.cancelling = task.cancelling()
+
+    try:
+        with anyio.fail_after(100):
+            await (in_task(world, host) if plan.native else host())
+    except TimeoutError:
+        world.fault("it hangs")
+    if world.stream is not None:
+        await world.stream.aclose()
+    world.left_behind = living_tasks(native=plan.native) - tasks
+    await anyio.sleep(10)  # gather, when its first child has been cancelled, leaves the others to end by themselves
+    return world
+
+
+async def call_from_outside(world: World, call: Callable[[], Awaitable[None]]) -> None:
+    """Call under the timeout that the plan has around the endpoint, if it has one."""
+    match world.plan.outside:
+        case "fail_after", time:
+            with anyio.fail_after(time / 1000) as scope:
+                world.outside_fired = lambda: scope.cancel_called
+                await call()
+        case "timeout", time:
+            async with asyncio.timeout(time / 1000):
+                world.outside_fired = lambda: world.server.now > time
+                await call()
+        case _:
+            await call()
+
+
+async def in_task(world: World, host: Callable[[], Coroutine[Any, Any, None]]) -> None:  # Any: as create_task() has it
+    """Run `host` in a task, cancelled from outside at the time that the plan has for it."""
+    task = asyncio.create_task(host())
+    fired = False
+
+    def cancel() -> None:
+        nonlocal fired
+        fired = task.cancel()
+
+    match world.plan.outside:
+        case "cancel", time:
+            timer = asyncio.get_running_loop().call_later(time / 1000, cancel)
+            world.outside_fired = lambda: fired
+            await asyncio.wait([task])
+            timer.cancel()
+        case _:
+            await asyncio.wait([task])
+    world.cancelling -= fired
+
+
+def judge(world: World) -> None:
+    """Note what contradicts the promises in how a decorated run ended."""
+    plan, end, outcome = world.plan, world.end, world.outcome
+    cancelled = anyio.get_cancelled_exc_class()
+    left = isinstance(outcome, ClientClosedRequest)
+    stopped = isinstance(outcome, cancelled)
+    if isinstance(end, cancelled):
+        may_be_passed_on = plan.outside is not None or world.recancels or not world.server.gone
+        right = stopped if world.outside_was_first else left or (stopped and may_be_passed_on)
+    elif isinstance(end, ClientDisconnect):
+        right = left or (stopped and plan.outside is not None)
+    else:
+        right = outcome is end or (stopped and plan.outside is not None)
+    if not right:
+        world.fault(f"the endpoint ended with {end!r}, its caller got {outcome!r}")
+    if left and not world.server.gone:
+        world.fault("the request was cancelled, but the client is there")
+    if world.hooks != ["endpoint"] * left:
+        world.fault(f"on_disconnect was called {len(world.hooks)} times")
+    if world.told_by_reading and isinstance(end, cancelled) and plan.outside is None and not world.recancels:
+        world.fault("the endpoint had read of the disconnect, and was cancelled on top")
+    # A timeout of asyncio's that fires inside a cancelled one of anyio's hides from it that it was cancelled.
+    in_timeout = plan.outside is not None and plan.outside[0] != "cancel" and "'timeout'" not in world.steps
+    if stopped and in_timeout and not isinstance(world.final, TimeoutError):
+        world.fault(f"the timeout around the endpoint ended with {world.final!r}")
+    if world.cancelling:
+        world.fault(f"Task.cancelling() is off by {world.cancelling}")
+    whole = b"".join(data for _, data in plan.chunks)
+    if not whole.startswith(world.body) or (world.whole and world.body != whole):
+        world.fault(f"the endpoint read {world.body!r} of {whole!r}")
+
+
+async def judge_afterwards(world: World) -> None:
+    """Note whether the disconnect is remembered, by this request and by what else is decorated."""
+    if isinstance(world.outcome, ClientClosedRequest):
+        with anyio.fail_after(1):
+            if not await world.request.is_disconnected():
+                world.fault("is_disconnected() is false after the leave")
+            try:
+                await cancel_on_disconnect(world.endpoint)(world.request)
+            except ClientClosedRequest:
+                pass
+            else:
+                world.fault("an endpoint was started although the client is known to be gone")
+
+
+def compare(world: World, plain: World) -> None:
+    """Note how a run whose client stayed differs from the same one undecorated."""
+    # Tasks that run in the same instant do so in no particular order; trio even shuffles them.
+    events, plain_events = Counter(world.trace), Counter(plain.trace)
+    if events != plain_events:
+        world.fault(f"only decorated {events - plain_events}, only undecorated {plain_events - events}")
+    same_end = type(world.final) is type(plain.final)
+    if world.plan.outside is not None and world.recancels:
+        same_end |= {type(world.final), type(plain.final)} == {asyncio.CancelledError, TimeoutError}
+    if not same_end or (world.body, world.whole) != (plain.body, plain.whole):
+        world.fault(f"it read {world.body!r} and ended {world.final!r}, undecorated {plain.body!r} and {plain.final!r}")
+
+
+def living_tasks(*, native: bool) -> int:
+    return len(asyncio.all_tasks()) if native else trio.lowlevel.current_statistics().tasks_living
+
+
+async def run_trial(seed: int, *, native: bool) -> None:
+    """Run one trial.
+
+    Raises:
+        Fault: If a promise was broken.
+    """
+    plan = Planner(seed, native=native).plan()
+    tasks = living_tasks(native=native)
+    records: list[logging.LogRecord] = []
+    logger = logging.getLogger("cancelonleave")
+    logger.setLevel(logging.INFO)
+    collect = logging.Handler()
+    collect.emit = records.append  # type: ignore[method-assign]  # shorter than a class of its own
+    logger.addHandler(collect)
+    try:
+        world = await run_plan(plan, decorated=True)
+    finally:
+        logger.removeHandler(collect)
+    if world.left_behind and not world.gathers:
+        world.fault("a task was left behind")
+    if living_tasks(native=native) > tasks:
+        world.fault("a task was left behind for good")
+    if world.server.receiving:
+        world.fault("a receive() was left pending")
+    if len(records) > 1 or len(records) < isinstance(world.outcome, ClientClosedRequest):
+        world.fault(f"{len(records)} log records")
+    judge(world)
+    await judge_afterwards(world)
+    if plan.leave is None:
+        compare(world, await run_plan(plan, decorated=False))
+    if world.faults:
+        raise Fault("\n".join([f"seed {seed}", *world.faults, repr(plan), *map(str, world.trace)]))
+
+
+def run_trials(backend: str, seeds: Iterable[int]) -> None:
+    """Run trials one after the other in virtual time.
+
+    Raises:
+        Fault: For the first that failed, with its seed.
+    """
+    library, options = BACKENDS[backend]
+    unhandled: list[dict[str, Any]] = []  # Any: asyncio's own type
+
+    async def main() -> None:
+        native = library == "asyncio"
+        if native:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+        for seed in seeds:
+            await run_trial(seed, native=native)
+            if unhandled:
+                raise Fault(f"seed {seed}\n{unhandled}")
+
+    anyio.run(main, backend=library, backend_options=options())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=BACKENDS, default="asyncio")
+    parser.add_argument("--trials", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial; each has the next number")
+    arguments = parser.parse_args()
+    run_trials(arguments.backend, range(arguments.seed, arguments.seed + arguments.trials))
+    print(f"{arguments.trials} trials on {arguments.backend}: no fault")
+
+
+if __name__ == "__main__":
+    main()

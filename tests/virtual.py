@@ -1,0 +1,85 @@
+"""Event loops whose clock jumps to the next timer as soon as nothing else is left to run: sleeping takes no time."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from contextvars import Context
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import trio.testing
+import uvloop
+
+if TYPE_CHECKING:
+    EventLoop = asyncio.SelectorEventLoop
+else:
+    EventLoop = object
+
+
+class VirtualTime(EventLoop):
+    """Makes an event loop's time virtual: the clock moves when a whole turn of the loop has scheduled nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        self._timers: list[tuple[float, int, asyncio.TimerHandle, Callable[[], object]]] = []
+        self._number = count()
+        self._busy = self._looking = False
+        self._busy_turns = 0
+
+    def time(self) -> float:
+        return self._now
+
+    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # Any: passed on as they are
+        self._busy = True
+        return super().call_soon(*args, **kwargs)
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        handle = asyncio.TimerHandle(when, callback, args, self, context)
+
+        def run() -> None:
+            if not handle.cancelled():
+                callback(*args)
+
+        heapq.heappush(self._timers, (when, next(self._number), handle, lambda: self.call_soon(run, context=context)))
+        if not self._looking:
+            self._looking = True
+            super().call_soon(self._look)
+        return handle
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        """Called by `TimerHandle.cancel()`; uvloop, which has timers of its own, lacks it."""
+
+    def _look(self) -> None:
+        # Time passes in a busy loop too: anyio cancels again at each turn while a child of gather cleans up.
+        self._busy_turns = self._busy_turns + 1 if self._busy else 0
+        if not self._busy or self._busy_turns > 100:
+            self._busy_turns = 0
+            while self._timers and self._timers[0][2].cancelled():
+                heapq.heappop(self._timers)
+            if self._timers:
+                self._now = max(self._now, self._timers[0][0])
+            while self._timers and self._timers[0][0] <= self._now:
+                heapq.heappop(self._timers)[3]()
+        self._busy = False
+        self._looking = bool(self._timers)
+        if self._looking:
+            super().call_soon(self._look)
+
+
+class AsyncioLoop(VirtualTime, asyncio.SelectorEventLoop):
+    pass
+
+
+class UvloopLoop(VirtualTime, uvloop.Loop):
+    pass
