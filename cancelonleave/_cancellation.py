@@ -38,14 +38,13 @@ class Watch:
         error: Makes the exception that a cancelled call ends with.
     """
 
-    __slots__ = ("calls", "error", "event", "over", "task")
+    over = False
+    task: asyncio.Task[None] | None = None
 
     def __init__(self, event: Event, error: Callable[[], Exception]) -> None:
         self.event = event
         self.error = error
         self.calls: set[_Call] = set()
-        self.task: asyncio.Task[None] | None = None
-        self.over = False
 
     def run(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:  # Any: what an `async def` returns
         """Await `awaitable` in the caller's task; if the event comes, cancel it once and raise `error()`."""
@@ -100,16 +99,15 @@ class Watch:
 class _Call(ABC):
     """One awaitable under a watch: what asyncio and trio have in common."""
 
-    __slots__ = ("_token", "around", "cancelled", "ended", "told", "watch")
+    told = False  # of the event, by itself
+    cancelled = False
+    ended = False
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.around = _innermost.get()
-        self.told = self.cancelled = self.ended = False
-
-    def begin(self) -> None:
         self._token = _innermost.set(self)
-        self.watch.calls.add(self)
+        watch.calls.add(self)
 
     def end(self) -> None:
         self.ended = True
@@ -134,26 +132,22 @@ _innermost: ContextVar[_Call | None] = ContextVar("cancelonleave", default=None)
 class _AsyncioCall(_Call):
     """Cancels exactly once, and never inside a shield.
 
-    anyio cancels a scope's task again at each turn of the event loop until it leaves the scope, so no cleanup could
-    await anything. Therefore two scopes: cancelling the outer one reaches the task, unless it is shielded, and the
-    inner one becomes a shield in the same breath, so nothing comes after. `Task.cancelling()` tells if it arrived.
+    anyio cancels the task in a scope again at each turn of the event loop until it leaves the scope, so no cleanup
+    could await anything. Therefore two scopes: cancelling the outer one reaches the task, unless that is shielded, and
+    the inner one becomes a shield in the same breath, so nothing follows. `Task.cancelling()` tells if it arrived.
     """
 
-    __slots__ = ("_base", "_cancel_scope", "_host", "_latecomers", "_retry", "_shield")
+    _retry: asyncio.TimerHandle | None = None
 
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
-        self._latecomers = _Latecomers.of(host.get_loop())
-        self._retry: asyncio.TimerHandle | None = None
-        scope_class = _scope_class()
-        self._cancel_scope = scope_class()
-        self._shield = scope_class()
+        self._cancel_scope = _scope_class()()
+        self._shield = _scope_class()()
+        self._latecomers = _latecomers(host.get_loop()).add(self)
 
     async def run(self, awaitable: Awaitable[T]) -> T:
-        self.begin()
-        self._latecomers.add(self)
         try:
             with self._cancel_scope, self._shield:
                 try:
@@ -193,7 +187,7 @@ class _AsyncioCall(_Call):
             self._retry = self._host.get_loop().call_later(PATIENCE, self.cancel)
 
     def _may_cancel(self) -> bool:
-        """Whether neither somebody else nor a call around this one is just cancelling the task."""
+        """Whether neither somebody else nor the call around this one, which comes first, is cancelling the task."""
         around = self.around
         return self._host.cancelling() <= self._base and (
             around is None or around.watch is not self.watch or around.ended or around.told
@@ -202,7 +196,7 @@ class _AsyncioCall(_Call):
 
 @cache
 def _scope_class() -> type[CancelScope]:
-    """asyncio's kind of CancelScope: calling it is three times as fast as having anyio look for the backend first."""
+    """Return asyncio's kind of CancelScope: to call it is three times as fast as to have anyio look it up each time."""
     return type(CancelScope())
 
 
@@ -212,29 +206,19 @@ class _Latecomers:
     A timer of its own would cost each call 2 to 4 microseconds; a place in a set costs a tenth of that.
     """
 
-    __slots__ = ("_loop", "_new", "_old", "_ticking")
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._new: set[_AsyncioCall] = set()
         self._old: set[_AsyncioCall] = set()
         self._ticking = False
 
-    @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> _Latecomers:
-        latecomers = _thread.latecomers
-        if latecomers is None or latecomers._loop is not loop:
-            latecomers = _thread.latecomers = cls(loop)
-        return latecomers
-
-    def add(self, call: _AsyncioCall) -> None:
-        self._new.add(call)
+    def add(self, call: _AsyncioCall) -> set[_AsyncioCall]:
+        """Return the set that the call is to be discarded from when it ends."""
+        place = self._new
+        place.add(call)
         if not self._ticking:
             self._tick()
-
-    def discard(self, call: _AsyncioCall) -> None:
-        self._new.discard(call)
-        self._old.discard(call)
+        return place
 
     def _tick(self) -> None:
         for call in self._old:
@@ -242,7 +226,7 @@ class _Latecomers:
         self._old, self._new = self._new, set()
         self._ticking = bool(self._old)
         if self._ticking:
-            self._loop.call_later(PATIENCE, self._tick)
+            self.loop.call_later(PATIENCE, self._tick)
 
 
 class _Thread(threading.local):
@@ -252,10 +236,15 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _latecomers(loop: asyncio.AbstractEventLoop) -> _Latecomers:
+    latecomers = _thread.latecomers
+    if latecomers is None or latecomers.loop is not loop:
+        latecomers = _thread.latecomers = _Latecomers(loop)
+    return latecomers
+
+
 class _TrioCall(_Call):
     """Cancels as trio does: again and again, until the call has ended."""
-
-    __slots__ = ("_asked", "_cancel_scope", "_settled")
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
@@ -265,7 +254,6 @@ class _TrioCall(_Call):
 
     async def run(self, awaitable: Awaitable[T]) -> T:
         failure: BaseException | None = None
-        self.begin()
         async with create_task_group() as task_group:
             task_group.start_soon(self._watch)
             try:

@@ -27,17 +27,18 @@ class Channel:
             receive(), so that one is left to the endpoint, which may want to refuse the body.
     """
 
-    __slots__ = ("_changed", "_ended", "_idle", "_invited", "_kept", "_reading", "_receive", "_size", "_takers", "left")
+    left: Message | None = None  # the disconnect, once it is known
+    _ended = False  # the body has
+    _idle = False  # receive() had nothing to say last time
+    _reading = False
+    _size = 0  # of what is kept
+    _takers = 0  # those who wait in take()
+    _changed: Event | None = None
 
     def __init__(self, receive: Receive, *, invited: bool) -> None:
+        self.invited = invited
         self._receive = receive
         self._kept: deque[Message | Exception] = deque()
-        self._size = 0
-        self._takers = 0
-        self._changed: Event | None = None
-        self._invited = invited
-        self._reading = self._ended = self._idle = False
-        self.left: Message | None = None
 
     async def take(self, watched: Callable[[], bool]) -> Message:
         """Return the next message in the server's order, or raise what receive() raised in its place.
@@ -47,7 +48,7 @@ class Channel:
         """
         if self.left is not None and current_effective_deadline() == -math.inf:
             return self.left  # a cancelled scope: is_disconnected() asks, and would throw away a piece of body
-        self._invited = True
+        self.invited = True
         self._takers += 1
         self._change()
         try:
@@ -70,7 +71,7 @@ class Channel:
     async def watch(self) -> None:
         """Return when the client has left, and those who were reading have been told so."""
         while self.left is None:
-            if self._reading or self._full or not self._invited:
+            if self._reading or self._full or not self.invited:
                 await self._next_change().wait()
             else:
                 await self._read()
@@ -93,7 +94,7 @@ class Channel:
 
     @property
     def _full(self) -> bool:
-        return self._size >= READ_AHEAD or bool(self._kept) and isinstance(self._kept[-1], Exception)
+        return self._size >= READ_AHEAD or (bool(self._kept) and isinstance(self._kept[-1], Exception))
 
     async def _read(self) -> None:
         self._reading = True
@@ -113,10 +114,10 @@ class Channel:
             self.left = message
             return
         is_body = message["type"] == "http.request"
-        self._idle = not is_body or self._ended or not message.get("body") and message.get("more_body", False)
+        self._idle = not is_body or self._ended or (not message.get("body") and message.get("more_body", False))
         if is_body and self._ended:
             return
-        self._ended = self._ended or is_body and not message.get("more_body", False)
+        self._ended = self._ended or (is_body and not message.get("more_body", False))
         self._kept.append(message)
         self._size += _size(message)
 

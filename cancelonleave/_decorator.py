@@ -73,7 +73,9 @@ def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT
         request = parameter.take(args, kwargs)
         if request is None:
             return await endpoint(*args, **kwargs)
-        watched = await _watched(request)
+        watched = _watched(request)
+        if not watched.channel.invited and await _is_read(request):
+            watched.channel.invited = True
         began = time.perf_counter()
         try:
             if watched.gone:
@@ -124,12 +126,11 @@ async def _call(on_disconnect: OnDisconnect, request: Request) -> None:
 class _Watched:
     """A request's channel and the watch over it, in the place of the request's receive()."""
 
-    __slots__ = ("_logged", "channel", "watch")
+    _logged = False
 
     def __init__(self, receive: Receive, *, invited: bool) -> None:
         self.channel = Channel(receive, invited=invited)
         self.watch = Watch(self.channel, ClientClosedRequest)
-        self._logged = False
 
     async def __call__(self) -> Message:
         message = await self.channel.take(self.watch.start)
@@ -156,7 +157,7 @@ class _Watched:
             return
         self._logged = True
         method = request.scope.get("method")
-        route = getattr(request.scope.get("route"), "path", None)  # Starlette sets it since 
+        route = getattr(request.scope.get("route"), "path", None)  # Starlette sets it since
         logger.info(
             "%s %s: the client left, stopped after %.3f s",
             method,
@@ -166,18 +167,17 @@ class _Watched:
         )
 
 
-async def _watched(request: Request) -> _Watched:
+def _watched(request: Request) -> _Watched:
     receive = request.receive
     if isinstance(receive, _Watched):
         return receive
-    invited = not _waits_for_continue(request.scope) or await _is_read(request)
-    watched = _Watched(receive, invited=invited)
+    watched = _Watched(receive, invited=not _waits_for_continue(request.scope))
     _replace_receive(request, watched)
     return watched
 
 
 def _waits_for_continue(scope: Scope) -> bool:
-    for name, _ in scope.get("headers", ()):  # a loop, since `request.headers` costs every request a microsecond
+    for name, _ in scope.get("headers", ()):  # a loop: `request.headers` costs each request a microsecond
         if name == b"expect":
             return True
     return False

@@ -4,13 +4,14 @@ import functools
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from client import Client
 from fastapi import BackgroundTasks, Body, Depends, FastAPI, File, Form, Header, Path, Query, Response, UploadFile
 from fastapi.responses import PlainTextResponse
 from fastapi.routing import APIRouter
-from future_endpoints import Guard, Work, fastapi_router
 from pydantic import BaseModel
 from starlette.requests import Request
+
+from client import Client
+from future_endpoints import Guard, Work, fastapi_router
 
 
 class Item(BaseModel):

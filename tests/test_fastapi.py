@@ -9,11 +9,8 @@ from typing import Annotated, Literal
 
 import anyio
 import pytest
-from client import Client
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
 from fastapi.responses import JSONResponse
-from future_endpoints import Endpoint, Guard, Work
-from shop import IDS, INVALID_IDS, INVALID_REQUESTS, REQUESTS, post, shop
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -25,6 +22,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+from client import Client
+from future_endpoints import Endpoint, Guard, Work
+from shop import IDS, INVALID_IDS, INVALID_REQUESTS, REQUESTS, post, shop
 
 pytestmark = pytest.mark.anyio
 

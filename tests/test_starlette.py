@@ -8,8 +8,6 @@ from typing import Literal
 
 import anyio
 import pytest
-from client import Client
-from future_endpoints import Endpoint, Guard, Work, starlette_endpoints
 from starlette.applications import Starlette
 from starlette.authentication import AuthCredentials, AuthenticationBackend, BaseUser, SimpleUser, requires
 from starlette.endpoints import HTTPEndpoint
@@ -23,6 +21,8 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+from client import Client
+from future_endpoints import Endpoint, Guard, Work, starlette_endpoints
 
 pytestmark = pytest.mark.anyio
 

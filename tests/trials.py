@@ -23,9 +23,9 @@ from anyio.lowlevel import checkpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
-from virtual import AsyncioLoop, UvloopLoop
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+from virtual import AsyncioLoop, UvloopLoop
 
 BACKENDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {  # Any: anyio's own type for backend options
     "asyncio": ("asyncio", lambda: {"loop_factory": AsyncioLoop}),
@@ -38,10 +38,14 @@ GRID = (0, 1, 5, 10, 20, 25, 30, 50, 60, 75, 100, 150)
 STARTED = 50  # a watch is on by then
 LATE = 30  # a cancellation that had to wait for something is delivered this much after it, at the latest
 
+TIMEOUTS = ("move_on_after", "fail_after", "timeout")
+
+CUT = "receive() was cancelled and called again while body may come"
+
 Step = tuple[Any, ...]  # Any: the name of a step, its numbers, and steps inside it
 
 
-class Fault(AssertionError):
+class BrokenPromise(AssertionError):
     """A promise was broken."""
 
 
@@ -51,13 +55,13 @@ class Plan:
 
     seed: int
     native: bool
-    chunks: list[tuple[int, bytes]]
+    chunks: list[tuple[float, bytes]]
     final_is_empty: bool
     leave: int | None
     once: bool
     drops_body: bool
     checkpoints: bool
-    outside: tuple[str, int] | None
+    outside: tuple[str, float] | None
     steps: list[Step]
 
 
@@ -68,18 +72,18 @@ class Planner:
         self.random = random.Random(seed)
         self.seed = seed
         self.native = native
-        self.outside: tuple[str, int] | None = None
+        self.outside: tuple[str, float] | None = None
         self.leave: int | None = None
 
     def plan(self) -> Plan:
         draw = self.random
         self.leave = draw.choice((*GRID, 200, 300)) if draw.random() < 0.7 else None
         # Without a leave the request is compared with the undecorated one: no ties there, whose order means nothing.
-        offset = 0 if self.leave is not None else 2
+        untied = (lambda: draw.randrange(1000) / 1000) if self.leave is None else float
         if draw.random() < 0.3:
             kinds = ("cancel", "timeout", "fail_after") if self.native else ("fail_after",)
-            self.outside = draw.choice(kinds), draw.choice(GRID[1:]) + offset * 2
-        times = sorted(draw.choice(GRID) + offset for _ in range(draw.randint(0, 5)))
+            self.outside = draw.choice(kinds), round(draw.choice(GRID[1:]) + untied(), 3)
+        times = sorted(round(draw.choice(GRID) + untied(), 3) for _ in range(draw.randint(0, 5)))
         return Plan(
             seed=self.seed,
             native=self.native,
@@ -140,7 +144,7 @@ class Server:
         self.faults: list[str] = []
         self.receiving = self.interrupted = self.told = False
         last = len(plan.chunks) - 1
-        self.messages: list[tuple[int, Message]] = [
+        self.messages: list[tuple[float, Message]] = [
             (time, {"type": "http.request", "body": data, "more_body": index < last or plan.final_is_empty})
             for index, (time, data) in enumerate(plan.chunks)
         ]
@@ -148,8 +152,8 @@ class Server:
             self.messages.append((plan.chunks[-1][0] if plan.chunks else 0, {"type": "http.request", "body": b""}))
 
     @property
-    def now(self) -> int:
-        return round((anyio.current_time() - self.began) * 1000)
+    def now(self) -> float:
+        return round((anyio.current_time() - self.began) * 1000, 3)
 
     @property
     def gone(self) -> bool:
@@ -159,7 +163,7 @@ class Server:
         if self.receiving:
             self.faults.append("receive() was called by two at once")
         if self.interrupted and self.messages:
-            self.faults.append("receive() was cancelled and called again while body may come")
+            self.faults.append(CUT)
         self.receiving = self.interrupted = True
         try:
             if self.plan.checkpoints:
@@ -222,7 +226,7 @@ class World:
         self.told = False  # the endpoint has learned of the leave, and goes on
         self.told_by_reading = False
         self.in_care = 0  # cleanups and shields under way
-        self.settled = 0  # when the last of them ended
+        self.settled = 0.0  # when the last of them ended
         self.hooks: list[str] = []
         self.end: object = None  # how the endpoint ended: its result or its exception
         self.outcome: object = None  # what its caller got
@@ -506,7 +510,8 @@ def judge(world: World) -> None:
         world.fault("the request was cancelled, but the client is there")
     if world.hooks != ["endpoint"] * left:
         world.fault(f"on_disconnect was called {len(world.hooks)} times")
-    if world.told_by_reading and isinstance(end, cancelled) and plan.outside is None and not world.recancels:
+    calm = plan.outside is None and not world.recancels and not any(name in world.steps for name in TIMEOUTS)
+    if world.told_by_reading and isinstance(end, cancelled) and calm:
         world.fault("the endpoint had read of the disconnect, and was cancelled on top")
     # A timeout of asyncio's that fires inside a cancelled one of anyio's hides from it that it was cancelled.
     in_timeout = plan.outside is not None and plan.outside[0] != "cancel" and "'timeout'" not in world.steps
@@ -540,8 +545,6 @@ def compare(world: World, plain: World) -> None:
     if events != plain_events:
         world.fault(f"only decorated {events - plain_events}, only undecorated {plain_events - events}")
     same_end = type(world.final) is type(plain.final)
-    if world.plan.outside is not None and world.recancels:
-        same_end |= {type(world.final), type(plain.final)} == {asyncio.CancelledError, TimeoutError}
     if not same_end or (world.body, world.whole) != (plain.body, plain.whole):
         world.fault(f"it read {world.body!r} and ended {world.final!r}, undecorated {plain.body!r} and {plain.final!r}")
 
@@ -554,7 +557,7 @@ async def run_trial(seed: int, *, native: bool) -> None:
     """Run one trial.
 
     Raises:
-        Fault: If a promise was broken.
+        BrokenPromise: If a promise was broken.
     """
     plan = Planner(seed, native=native).plan()
     tasks = living_tasks(native=native)
@@ -570,6 +573,8 @@ async def run_trial(seed: int, *, native: bool) -> None:
         logger.removeHandler(collect)
     if world.left_behind and not world.gathers:
         world.fault("a task was left behind")
+    if world.left_behind and CUT in world.faults:
+        world.faults.remove(CUT)  # gather's leftover went on to call a decorated function
     if living_tasks(native=native) > tasks:
         world.fault("a task was left behind for good")
     if world.server.receiving:
@@ -578,17 +583,19 @@ async def run_trial(seed: int, *, native: bool) -> None:
         world.fault(f"{len(records)} log records")
     judge(world)
     await judge_afterwards(world)
-    if plan.leave is None:
+    # A timeout of anyio's cancels at each turn of the loop, so with these inside it hangs on chance what comes out.
+    chaos = plan.outside is not None and plan.outside[0] == "fail_after" and (world.recancels or "'timeout'" in world.steps)
+    if plan.leave is None and not chaos:
         compare(world, await run_plan(plan, decorated=False))
     if world.faults:
-        raise Fault("\n".join([f"seed {seed}", *world.faults, repr(plan), *map(str, world.trace)]))
+        raise BrokenPromise("\n".join([f"seed {seed}", *world.faults, repr(plan), *map(str, world.trace)]))
 
 
 def run_trials(backend: str, seeds: Iterable[int]) -> None:
     """Run trials one after the other in virtual time.
 
     Raises:
-        Fault: For the first that failed, with its seed.
+        BrokenPromise: For the first that failed, with its seed.
     """
     library, options = BACKENDS[backend]
     unhandled: list[dict[str, Any]] = []  # Any: asyncio's own type
@@ -600,7 +607,7 @@ def run_trials(backend: str, seeds: Iterable[int]) -> None:
         for seed in seeds:
             await run_trial(seed, native=native)
             if unhandled:
-                raise Fault(f"seed {seed}\n{unhandled}")
+                raise BrokenPromise(f"seed {seed}\n{unhandled}")
 
     anyio.run(main, backend=library, backend_options=options())
 

@@ -9,8 +9,6 @@ from contextvars import Context
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import anyio
-import trio.testing
 import uvloop
 
 if TYPE_CHECKING:
