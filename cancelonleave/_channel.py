@@ -103,7 +103,9 @@ class Channel:
                 with move_on_after(PAUSE):
                     await self._next_change().wait()
             self._keep(await self._receive())
-        except Exception as error:  # e.g. 413 from max_body_size: for the one who reads, not for an endpoint that doesn't
+        except (
+            Exception
+        ) as error:  # e.g. 413 from max_body_size: for the one who reads, not for an endpoint that doesn't
             self._kept.append(error)
         finally:
             self._reading = False

@@ -14,7 +14,9 @@ from starlette.websockets import WebSocket
 from typing_extensions import Format
 
 # From 3.14 on annotations are evaluated when read, and one name known to type checkers only would fail them all.
-_LENIENT: dict[str, Any] = {"annotation_format": Format.FORWARDREF} if sys.version_info >= (3, 14) else {}  # Any: kwargs
+_LENIENT: dict[str, Any] = (
+    {"annotation_format": Format.FORWARDREF} if sys.version_info >= (3, 14) else {}
+)  # Any: kwargs
 
 
 class RequestParameter(NamedTuple):
@@ -46,9 +48,7 @@ def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
     signature = inspect.signature(endpoint, **_LENIENT)
     names = _global_names(endpoint)
     parameters = [p.replace(annotation=_resolved(p.annotation, names)) for p in signature.parameters.values()]
-    return signature.replace(
-        parameters=parameters, return_annotation=_resolved(signature.return_annotation, names)
-    )
+    return signature.replace(parameters=parameters, return_annotation=_resolved(signature.return_annotation, names))
 
 
 def request_parameter(signature: inspect.Signature) -> RequestParameter:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 from anyio import CancelScope
 from starlette.types import Message
-from trials import BACKENDS, BrokenPromise, main, run_trials
 
 from cancelonleave import _cancellation, _channel
+from trials import BACKENDS, BrokenPromise, main, run_trials
 
 TRIALS = 3000
 
@@ -49,7 +49,9 @@ def cancels_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def takes_a_cancellation_from_outside_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     create = _cancellation._AsyncioCall.__init__
 
-    def count_from_100(call: _cancellation._AsyncioCall, watch: _cancellation.Watch, host: asyncio.Task[object]) -> None:
+    def count_from_100(
+        call: _cancellation._AsyncioCall, watch: _cancellation.Watch, host: asyncio.Task[object]
+    ) -> None:
         create(call, watch, host)
         call._base = 100
 
