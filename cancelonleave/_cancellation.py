@@ -23,7 +23,7 @@ PATIENCE = 0.025
 class Event(Protocol):
     """What a watch waits for."""
 
-    def watch(self) -> Coroutine[Any, Any, None]:  # Any: what create_task() takes
+    async def watch(self) -> None:
         """Return when it has come, and those who awaited it by other means have been told."""
 
     def unwatch(self) -> None:
@@ -258,22 +258,18 @@ class _TrioCall(_Call):
             task_group.start_soon(self._watch)
             try:
                 with self._cancel_scope:
-                    result = await awaitable
+                    return await awaitable
             except get_cancelled_exc_class():
                 raise
             except BaseException as error:  # the task group would wrap it
                 failure = error
             finally:
                 self.end()
-            task_group.cancel_scope.cancel()
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # it would keep itself alive: exception, traceback, this frame
-        if self._cancel_scope.cancelled_caught:
-            raise self.watch.error()
-        return result
+                task_group.cancel_scope.cancel()
+        try:
+            raise failure or self.watch.error()
+        finally:
+            del failure  # it would keep itself alive: exception, traceback, this frame
 
     def tell(self) -> None:
         super().tell()

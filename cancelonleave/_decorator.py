@@ -56,11 +56,11 @@ def cancel_on_disconnect(
     """
     if endpoint is None:
         return functools.partial(_guard, on_disconnect=on_disconnect)
-    return _guard(endpoint, on_disconnect)
+    return cast(EndpointT, _guard(endpoint, on_disconnect))  # it takes and returns what the endpoint does
 
 
-def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT:
-    if isinstance(endpoint, (staticmethod, classmethod)):
+def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: the public function has the exact type
+    if type(endpoint) in (staticmethod, classmethod):
         return type(endpoint)(_guard(endpoint.__func__, on_disconnect))
     if on_disconnect is None and inspect.isfunction(endpoint) and endpoint in _guarded:
         return endpoint
@@ -95,7 +95,7 @@ def _guard(endpoint: EndpointT, on_disconnect: OnDisconnect | None) -> EndpointT
     guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
     guarded.__signature__ = parameter.signature  # type: ignore[attr-defined]  # known to inspect, not to typeshed
     _guarded.add(guarded)
-    return cast(EndpointT, guarded)  # it takes what the endpoint takes, and returns what that returns
+    return guarded
 
 
 def _refuse_what_cannot_work(endpoint: Callable[..., object], signature: inspect.Signature) -> None:
@@ -148,9 +148,7 @@ class _Watched:
             return False
         if isinstance(error, get_cancelled_exc_class()):
             return self.watch.cancelling
-        if isinstance(error, BaseExceptionGroup):
-            return error.split(ClientDisconnect)[1] is None  # a task group that was reading the body
-        return isinstance(error, ClientDisconnect)
+        return _is_disconnect(error)
 
     def log(self, request: Request, seconds: float) -> None:
         if self._logged:
@@ -165,6 +163,13 @@ class _Watched:
             seconds,
             extra={"method": method, "route": route, "seconds": seconds},
         )
+
+
+def _is_disconnect(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):  # of a task group that was reading the body
+        group = cast("BaseExceptionGroup[BaseException]", error)  # isinstance() can't tell what is in it
+        return all(_is_disconnect(each) for each in group.exceptions)
+    return isinstance(error, ClientDisconnect)
 
 
 def _watched(request: Request) -> _Watched:
@@ -209,5 +214,5 @@ class _UnreadError(Exception):
 def _replace_receive(request: Request, receive: Receive) -> Receive:
     # The one private attribute of others that we need: the endpoint, and whoever reads this request after it, must get
     # what was read ahead. A new Request would lack the body, the form and the attributes that dependencies left here.
-    request._receive, receive = receive, request.receive
-    return receive
+    replaced, request._receive = request.receive, receive  # pyright: ignore[reportPrivateUsage]  # see above
+    return replaced

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ForwardRef, NamedTuple, Union, get_args, get_
 
 from starlette.requests import Request
 from starlette.websockets import WebSocket
-from typing_extensions import Format
+from typing_extensions import Format, TypeIs
 
 # From 3.14 on annotations are evaluated when read, and one name known to type checkers only would fail them all.
 _LENIENT: dict[str, Any] = (
@@ -35,9 +35,9 @@ class RequestParameter(NamedTuple):
             request = args[self.position]
         else:
             request = kwargs.get(self.name)
-        if isinstance(request, Request):
+        if _is_request(request):
             return request
-        return next((value for value in (*args, *kwargs.values()) if isinstance(value, Request)), None)
+        return next((value for value in (*args, *kwargs.values()) if _is_request(value)), None)
 
 
 def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
@@ -54,11 +54,11 @@ def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
 def request_parameter(signature: inspect.Signature) -> RequestParameter:
     """Find the parameter that takes the Request, or add one that FastAPI fills and OpenAPI doesn't show."""
     parameters = list(signature.parameters.values())
-    for takes in (_annotated_as_request, _named_request):
-        for position, parameter in enumerate(parameters):
-            if takes(parameter):
-                by_keyword = parameter.kind is parameter.KEYWORD_ONLY
-                return RequestParameter(parameter.name, sys.maxsize if by_keyword else position, False, signature)
+    own = [parameter for parameter in parameters if _is_kind(parameter.annotation, Request)]
+    own += [parameter for parameter in parameters if _is_named(parameter, "request")]
+    if own:
+        position = sys.maxsize if own[0].kind is own[0].KEYWORD_ONLY else parameters.index(own[0])
+        return RequestParameter(own[0].name, position, False, signature)
     name = "cancelonleave_request"
     while name in signature.parameters:
         name += "_"
@@ -69,7 +69,10 @@ def request_parameter(signature: inspect.Signature) -> RequestParameter:
 
 
 def takes_websocket(signature: inspect.Signature) -> bool:
-    return any(_is_kind(parameter.annotation, WebSocket) for parameter in signature.parameters.values())
+    parameters = signature.parameters.values()
+    return any(
+        _is_kind(parameter.annotation, WebSocket) or _is_named(parameter, "websocket") for parameter in parameters
+    )
 
 
 def _is_kind(annotation: object, kind: type) -> bool:
@@ -83,14 +86,14 @@ def _is_kind(annotation: object, kind: type) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, kind)
 
 
-def _annotated_as_request(parameter: inspect.Parameter) -> bool:
-    return _is_kind(parameter.annotation, Request)
+def _is_request(value: object) -> TypeIs[Request]:
+    return isinstance(value, Request)
 
 
-def _named_request(parameter: inspect.Parameter) -> bool:
-    """Starlette hands it over by position, so it need not be annotated, or not with a name that is known at run time."""
+def _is_named(parameter: inspect.Parameter, name: str) -> bool:
+    """Starlette gives it by position: it need not be annotated, or may be with a name known to type checkers only."""
     unknown = parameter.annotation is parameter.empty or isinstance(parameter.annotation, (str, ForwardRef))
-    return parameter.name == "request" and unknown and parameter.default is parameter.empty
+    return parameter.name == name and unknown and parameter.default is parameter.empty
 
 
 def _resolved(annotation: object, names: dict[str, object]) -> object:

@@ -20,11 +20,11 @@ class Client:
 
     method: str = "GET"
     path: str = "/"
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict[str, str])
     body: Sequence[bytes] = ()
     leave_after: float | None = None
     once: bool = False
-    sent: list[Message] = field(default_factory=list)
+    sent: list[Message] = field(default_factory=list[Message])
 
     def __post_init__(self) -> None:
         self.left = anyio.Event()

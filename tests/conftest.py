@@ -15,11 +15,6 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: anyio's own type for
 }
 
 
-@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS)
+@pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
 def anyio_backend(request: pytest.FixtureRequest) -> object:
     return request.param
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def asyncio_backend(request: pytest.FixtureRequest) -> object:
-    return BACKENDS[request.param]

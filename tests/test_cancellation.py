@@ -11,13 +11,15 @@ import anyio
 import pytest
 import trio
 from anyio.lowlevel import checkpoint
-from conftest import BACKENDS
 
 from cancelonleave._cancellation import PATIENCE, Watch
+from conftest import BACKENDS
 
 pytestmark = pytest.mark.anyio
 
-on_asyncio = pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
+on_asyncio = pytest.mark.parametrize(
+    "anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"]
+)
 
 
 class Rang(Exception):
@@ -329,7 +331,8 @@ async def test_a_cancellation_from_outside_is_passed_on(moment: str) -> None:
         if moment == "before the event":
             loop.call_later(PATIENCE * 2, task.cancel)
         elif moment == "together with it":
-            loop.call_later(PATIENCE * 2, lambda: (bench.alarm.rung.set(), task.cancel()))
+            loop.call_later(PATIENCE * 2, bench.alarm.rung.set)
+            loop.call_later(PATIENCE * 2, task.cancel)
         try:
             await bench.sleep()
         finally:

@@ -281,5 +281,3 @@ async def test_messages_of_unknown_type_are_passed_on() -> None:
     channel = Channel(Server(unknown, body(b"a")).receive, invited=True)
     assert await taken(channel) == unknown
     assert await taken(channel) == body(b"a")
-
-

@@ -66,7 +66,10 @@ def leaves_its_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cancellation.Watch, "tell", lambda self: None)
+    def tell(self: _cancellation.Watch) -> None:
+        pass
+
+    monkeypatch.setattr(_cancellation.Watch, "tell", tell)
 
 
 def cancels_inside_shields(monkeypatch: pytest.MonkeyPatch) -> None:

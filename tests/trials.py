@@ -11,7 +11,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,15 +79,15 @@ class Planner:
         draw = self.random
         self.leave = draw.choice((*GRID, 200, 300)) if draw.random() < 0.7 else None
         # Without a leave the request is compared with the undecorated one: no ties there, whose order means nothing.
-        untied = (lambda: draw.randrange(1000) / 1000) if self.leave is None else float
+        thousandths = 1000 if self.leave is None else 1
         if draw.random() < 0.3:
             kinds = ("cancel", "timeout", "fail_after") if self.native else ("fail_after",)
-            self.outside = draw.choice(kinds), round(draw.choice(GRID[1:]) + untied(), 3)
-        times = sorted(round(draw.choice(GRID) + untied(), 3) for _ in range(draw.randint(0, 5)))
+            self.outside = draw.choice(kinds), draw.choice(GRID[1:]) + draw.randrange(thousandths) / 1000
+        moments = [draw.choice(GRID) + draw.randrange(thousandths) / 1000 for _ in range(draw.randint(0, 5))]
         return Plan(
             seed=self.seed,
             native=self.native,
-            chunks=[(time, draw.randbytes(draw.randint(1, 9))) for time in times],
+            chunks=[(time, draw.randbytes(draw.randint(1, 9))) for time in sorted(moments)],
             final_is_empty=draw.random() < 0.5,
             leave=self.leave,
             once=draw.random() < 0.5,
@@ -301,7 +301,7 @@ class World:
                         done()
 
     @contextmanager
-    def care(self, what: str) -> Iterator[Callable[[], None]]:
+    def care(self, what: str) -> Generator[Callable[[], None]]:
         excused = False
 
         def done() -> None:
@@ -534,6 +534,15 @@ def compare(world: World, plain: World) -> None:
     )
 
 
+class Records(logging.Handler):
+    """Counts the records of a logger."""
+
+    number = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.number += 1
+
+
 def living_tasks(*, native: bool) -> int:
     return len(asyncio.all_tasks()) if native else trio.lowlevel.current_statistics().tasks_living
 
@@ -546,23 +555,21 @@ async def run_trial(seed: int, unhandled: list[dict[str, Any]], *, native: bool)
     """
     plan = Planner(seed, native=native).plan()
     tasks = living_tasks(native=native)
-    records: list[logging.LogRecord] = []
+    records = Records()
     logger = logging.getLogger("cancelonleave")
     logger.setLevel(logging.INFO)
-    collect = logging.Handler()
-    collect.emit = records.append  # type: ignore[method-assign]  # shorter than a class of its own
-    logger.addHandler(collect)
+    logger.addHandler(records)
     try:
         world = await run_plan(plan, decorated=True)
     finally:
-        logger.removeHandler(collect)
+        logger.removeHandler(records)
     world.require(world.gathers or not world.left_behind, "a task was left behind")
     world.require(living_tasks(native=native) == tasks, "a task was left behind for good")
     if world.left_behind:  # gather's leftover may have gone on to call a decorated function
         world.faults[:] = [fault for fault in world.faults if fault != CUT]
     world.require(not world.server.receiving, "a receive() was left pending")
     least = isinstance(world.outcome, ClientClosedRequest)
-    world.require(least <= len(records) <= 1, f"{len(records)} log records")
+    world.require(least <= records.number <= 1, f"{records.number} log records")
     world.require(not unhandled, f"the event loop reports {unhandled}")
     judge(world)
     await judge_afterwards(world)

@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Callable
 from contextvars import Context
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVarTuple
 
 import uvloop
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     EventLoop = asyncio.SelectorEventLoop
 else:
     EventLoop = object
+
+Ts = TypeVarTuple("Ts")
 
 
 class VirtualTime(EventLoop):
@@ -31,17 +33,19 @@ class VirtualTime(EventLoop):
     def time(self) -> float:
         return self._now
 
-    def call_soon(self, *args: Any, **kwargs: Any) -> asyncio.Handle:  # Any: passed on as they are
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         self._busy = True
-        return super().call_soon(*args, **kwargs)
+        return super().call_soon(callback, *args, context=context)
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         handle = asyncio.TimerHandle(when, callback, args, self, context)
 
@@ -75,9 +79,6 @@ class VirtualTime(EventLoop):
             super().call_soon(self._look)
 
 
-class AsyncioLoop(VirtualTime, asyncio.SelectorEventLoop):
-    pass
-
-
-class UvloopLoop(VirtualTime, uvloop.Loop):
-    pass
+# Made by type(), since the type checkers know that uvloop's methods are typed unlike asyncio's.
+AsyncioLoop: Callable[[], asyncio.AbstractEventLoop] = type("AsyncioLoop", (VirtualTime, asyncio.SelectorEventLoop), {})
+UvloopLoop: Callable[[], asyncio.AbstractEventLoop] = type("UvloopLoop", (VirtualTime, uvloop.Loop), {})

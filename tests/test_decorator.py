@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import gc
+import logging
+import pickle
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Message
+from starlette.websockets import WebSocket
+
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+from client import Client
+
+pytestmark = pytest.mark.anyio
+
+SCOPE: dict[str, Any] = {"type": "http", "method": "GET", "path": "/", "headers": []}  # Any: as ASGI has it
+
+
+def request_of(client: Client) -> Request:
+    return Request(client.scope, client.receive)
+
+
+async def leaving(client: Client, delay: float = 0.1) -> None:
+    await anyio.sleep(delay)
+    client.left.set()
+
+
+@pytest.fixture
+def records(caplog: pytest.LogCaptureFixture) -> Iterator[list[logging.LogRecord]]:
+    with caplog.at_level(logging.DEBUG, "cancelonleave"):
+        records: list[logging.LogRecord] = []
+
+        def keep(record: logging.LogRecord) -> bool:
+            records.append(record)
+            return True
+
+        caplog.handler.addFilter(keep)
+        yield records
+
+
+class Endpoint:
+    """Waits for ever, and notes what happens to it."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    async def __call__(self, request: Request) -> None:
+        self.seen.append("started")
+        try:
+            await anyio.sleep_forever()
+        finally:
+            self.seen.append("clean")
+
+
+async def get(app: Starlette, **options: Any) -> Client:  # Any: those of Client
+    return await Client(**options).request(app)
+
+
+def app_of(endpoint: Any) -> Starlette:  # Any: whatever Route takes
+    return Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])])
+
+
+async def test_a_cancelled_endpoint_answers_499() -> None:
+    endpoint = Endpoint()
+    client = await get(app_of(cancel_on_disconnect(endpoint)), leave_after=0.06)
+    assert client.status == 499
+    assert endpoint.seen == ["started", "clean"]
+
+
+async def test_on_disconnect_is_called_once_with_the_request_after_the_cleanup(
+    records: list[logging.LogRecord],
+) -> None:
+    endpoint = Endpoint()
+
+    def told(request: Request) -> None:
+        endpoint.seen.append(f"told of {request.url.path}")
+
+    async def told_async(request: Request) -> None:
+        await checkpoint()
+        told(request)
+
+    for hook in (told, told_async):
+        endpoint.seen.clear()
+        await get(app_of(cancel_on_disconnect(on_disconnect=hook)(endpoint)), leave_after=0.06)
+        assert endpoint.seen == ["started", "clean", "told of /"]
+    assert [record.levelno for record in records] == [logging.INFO] * 2
+
+
+async def test_on_disconnect_is_not_called_for_a_client_that_stays() -> None:
+    @cancel_on_disconnect(on_disconnect=lambda request: pytest.fail("nobody left"))
+    async def endpoint(request: Request) -> Response:
+        await anyio.sleep(0.06)
+        return PlainTextResponse("here you are")
+
+    assert (await get(app_of(endpoint))).content == b"here you are"
+
+
+async def test_a_failing_on_disconnect_is_logged_and_changes_nothing(records: list[logging.LogRecord]) -> None:
+    def fails(request: Request) -> None:
+        raise ValueError("out of ink")
+
+    client = await get(app_of(cancel_on_disconnect(on_disconnect=fails)(Endpoint())), leave_after=0.06)
+    assert client.status == 499
+    failure = records[-1]
+    assert failure.levelno == logging.ERROR
+    assert failure.exc_info is not None
+    assert "out of ink" in str(failure.exc_info[1])
+    assert "fails" in failure.getMessage()
+
+
+async def test_an_endpoint_that_reads_of_the_leave_ends_the_same_way(records: list[logging.LogRecord]) -> None:
+    told: list[Request] = []
+
+    @cancel_on_disconnect(on_disconnect=told.append)
+    async def endpoint(request: Request) -> Response:
+        async for _ in request.stream():
+            await checkpoint()
+        raise AssertionError
+
+    client = Client(method="POST", body=[b"a", b"b"], leave_after=0.06)
+    client.unsent = [b"a"]
+
+    async def receive() -> Message:
+        message = await Client.receive(client)
+        return {**message, "more_body": True}
+
+    client.receive = receive  # type: ignore[method-assign]  # the rest of the body never comes
+    await client.request(app_of(endpoint))
+    assert client.status == 499
+    assert len(told) == 1
+    assert len(records) == 1
+
+
+async def test_a_task_group_that_was_reading_ends_the_same_way() -> None:
+    async def read(request: Request) -> None:
+        await request.receive()
+        await request.receive()
+        raise ClientDisconnect
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(read, request)
+            task_group.start_soon(read, request)
+
+    client = Client()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(leaving, client)
+            with pytest.raises(ClientClosedRequest) as raised:
+                await endpoint(request_of(client))
+            assert isinstance(raised.value.__cause__, ExceptionGroup)
+
+
+async def test_a_client_disconnect_of_another_request_stays_what_it_is() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        raise ClientDisconnect
+
+    with pytest.raises(ClientDisconnect) as raised:
+        await endpoint(request_of(Client()))
+    assert not isinstance(raised.value, ClientClosedRequest)
+
+
+async def test_an_endpoint_whose_client_is_known_to_be_gone_is_not_started(
+    records: list[logging.LogRecord],
+) -> None:
+    endpoint = Endpoint()
+    client = Client(once=True)
+    client.left.set()
+    request = request_of(client)
+
+    @cancel_on_disconnect
+    async def reads(request: Request) -> None:
+        await request.receive()
+
+    await reads(request)
+    with pytest.raises(ClientClosedRequest):
+        await cancel_on_disconnect(endpoint)(request)
+    assert await request.is_disconnected()
+    assert (await request.receive())["type"] == "http.disconnect"
+    assert endpoint.seen == []
+    assert len(records) == 1
+
+
+async def test_on_disconnect_of_a_function_is_called_though_its_caller_is_decorated_too(
+    records: list[logging.LogRecord],
+) -> None:
+    told: list[str] = []
+
+    @cancel_on_disconnect(on_disconnect=lambda request: told.append("inner"))
+    async def inner(request: Request) -> None:
+        await anyio.sleep_forever()
+
+    @cancel_on_disconnect(on_disconnect=lambda request: told.append("outer"))
+    async def outer(request: Request) -> None:
+        await inner(request)
+
+    client = await get(app_of(outer), leave_after=0.06)
+    assert client.status == 499
+    assert told == ["inner", "outer"]
+    assert len(records) == 1
+
+
+async def test_decorating_twice_guards_once() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None: ...
+
+    assert cancel_on_disconnect(endpoint) is endpoint
+    assert cancel_on_disconnect()(endpoint) is endpoint
+    told: list[Request] = []
+    twice = cancel_on_disconnect(on_disconnect=told.append)(cancel_on_disconnect(Endpoint()))
+    await get(app_of(twice), leave_after=0.06)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("read", ["not at all", "body", "form"])
+async def test_100_continue_is_left_to_the_endpoint_until_the_body_was_read(read: str) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    client = Client("POST", headers={"expect": "100-continue", **form}, body=[b"a=1"], leave_after=0.1)
+    request = request_of(client)
+    if read == "body":
+        await request.body()
+    elif read == "form":
+        await request.form()
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> str:
+        await anyio.sleep(0.2)
+        return "unread" if client.unsent else "read"
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(leaving, client)
+            if read == "not at all":
+                assert await endpoint(request) == "unread"
+            else:
+                with pytest.raises(ClientClosedRequest):
+                    await endpoint(request)
+
+
+async def test_a_request_without_a_channel_or_without_headers_is_no_obstacle() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> str:
+        await anyio.sleep(0.06)
+        return "result"
+
+    assert await endpoint(Request(SCOPE)) == "result"
+    assert await endpoint(Request({"type": "http"})) == "result"
+    with pytest.raises(RuntimeError, match="channel"):
+        await Request(SCOPE).receive()
+
+
+async def test_an_error_of_receive_reaches_the_endpoint_that_reads_and_no_other() -> None:
+    async def receive() -> Message:
+        raise HTTPException(413)
+
+    @cancel_on_disconnect
+    async def waits(request: Request) -> str:
+        await anyio.sleep(0.06)
+        return "result"
+
+    @cancel_on_disconnect
+    async def reads(request: Request) -> bytes:
+        await anyio.sleep(0.06)
+        return await request.body()
+
+    assert await waits(Request(SCOPE, receive)) == "result"
+    with pytest.raises(HTTPException) as raised:
+        await reads(Request(SCOPE, receive))
+    assert raised.value.status_code == 413
+
+
+async def test_the_request_is_read_through_a_copy_as_well() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> bytes:
+        await anyio.sleep(0.06)
+        return await Request(request.scope, request.receive).body()
+
+    assert await endpoint(request_of(Client("POST", body=[b"a", b"b"]))) == b"ab"
+
+
+async def test_starlette_keeps_the_channel_where_it_is_looked_for() -> None:
+    request = request_of(Client())
+    assert request._receive is request.receive
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None: ...
+
+    before = request.receive
+    await endpoint(request)
+    assert request.receive is request._receive is not before
+
+
+async def test_background_tasks_run_to_their_end_though_servers_tell_of_a_disconnect_after_the_answer() -> None:
+    done: list[str] = []
+
+    async def later() -> None:
+        await anyio.sleep(0.1)
+        done.append("later")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        await anyio.sleep(0.06)
+        return PlainTextResponse("answer", background=BackgroundTask(later))
+
+    client = await get(app_of(endpoint))
+    assert client.status == 200
+    assert done == ["later"]
+
+
+async def test_nothing_of_a_request_is_left_to_the_garbage_collector() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        await anyio.sleep(0.06)
+
+    gc.collect()
+    gc.disable()
+    try:
+        request = request_of(Client())
+        await endpoint(request)
+        gone = weakref.ref(request.receive), weakref.ref(request)
+        del request
+        await anyio.sleep(0.06)  # until the event loop has let go as well
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_the_exception_is_of_both_kinds_and_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(ClientClosedRequest()))
+    assert isinstance(error, ClientDisconnect)
+    assert isinstance(error, HTTPException)
+    assert error.status_code == 499
+    assert str(error) == "499: Client Closed Request"
+
+
+async def agenerator(request: Request) -> AsyncIterator[bytes]:
+    yield b""
+
+
+def generator(request: Request) -> Iterator[bytes]:
+    yield b""
+
+
+def sync(request: Request) -> None: ...
+
+
+async def websocket(socket: WebSocket) -> None: ...
+
+
+async def unannotated(websocket) -> None: ...  # type: ignore[no-untyped-def]  # as Starlette's documentation has it
+
+
+REFUSED: list[tuple[Any, str, str]] = [  # Any: what the type checkers refuse as well
+    (Endpoint, "a class", "methods"),
+    (agenerator, "a generator", "response"),
+    (generator, "a generator", "response"),
+    (sync, "not async", "async def"),
+    (websocket, "WebSocket", "WebSocketDisconnect"),
+    (unannotated, "WebSocket", "WebSocketDisconnect"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "fault", "way_out"), REFUSED)
+def test_what_cannot_work_is_refused_with_the_way_out(endpoint: Any, fault: str, way_out: str) -> None:  # Any: as above
+    for decorator in (cancel_on_disconnect, cancel_on_disconnect(on_disconnect=print)):
+        with pytest.raises(TypeError) as raised:
+            decorator(endpoint)
+        message = str(raised.value)
+        assert endpoint.__qualname__ in message
+        assert fault in message
+        assert way_out in message
+
+
+def test_what_is_not_callable_is_refused() -> None:
+    with pytest.raises(TypeError, match="not a callable"):
+        cancel_on_disconnect("endpoint")  # type: ignore[call-overload]  # just that

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+@contextmanager
+def served(directory: Path) -> Generator[tuple[subprocess.Popen[str], tuple[str, int]]]:
+    """Serve the example with uvicorn, on a port that is open before the server starts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [sys.executable, "-u", "-m", "uvicorn", "report:app", "--log-level", "warning", "--fd"]
+        server = subprocess.Popen(
+            [*command, str(listener.fileno())],
+            cwd=directory,
+            pass_fds=[listener.fileno()],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        with server:
+            try:
+                yield server, listener.getsockname()
+            finally:
+                server.kill()
+
+
+def test_the_example_prints_what_the_readme_says(tmp_path: Path) -> None:
+    tmp_path.joinpath("report.py").write_text(block("python"), encoding="utf-8")
+    with served(tmp_path) as (server, address):
+        assert server.stdout is not None
+        with socket.create_connection(address, timeout=30) as client:
+            client.sendall(b"GET /report HTTP/1.1\r\nHost: test\r\n\r\n")
+            lines = server.stdout.readline()
+        lines += server.stdout.readline()
+        assert lines == block("text")
+
+
+def test_there_are_two_commands_that_set_everything_up() -> None:
+    commands = re.findall(r"^    (python3 -m venv .*)$", README, re.MULTILINE)
+    assert [command.split(" -m ")[-1] for command in commands] == ["cancelonleave", "pytest"]

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pytest
+from starlette.datastructures import State
+from starlette.requests import HTTPConnection, Request
+from starlette.websockets import WebSocket
+
+from cancelonleave._signature import request_parameter, resolved_signature, takes_websocket
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as CheckedRequest
+    from starlette.responses import Response as CheckedResponse
+
+
+class OwnRequest(Request[State]):
+    pass
+
+
+GIVEN = Request({"type": "http"})
+
+
+async def annotated(year: int, req: Request) -> None: ...
+async def subclass(year: int, req: OwnRequest) -> None: ...
+async def with_metadata(year: int, req: Annotated[Request, "metadata"]) -> None: ...
+async def union(year: int, req: Request | None = None) -> None: ...
+async def generic(year: int, req: Request[State]) -> None: ...
+async def keyword_only(year: int, *args: int, req: Request) -> None: ...
+async def positional_only(year: int, req: Request, /) -> None: ...
+async def named(year, request): ...  # type: ignore[no-untyped-def]  # as Starlette's documentation has it
+async def named_for_checkers(year: int, request: CheckedRequest) -> CheckedResponse: ...  # type: ignore[empty-body]
+
+
+OWN: list[Callable[..., object]] = [
+    annotated,
+    subclass,
+    with_metadata,
+    union,
+    generic,
+    keyword_only,
+    positional_only,
+    named,
+    named_for_checkers,
+]
+
+
+@pytest.mark.parametrize("endpoint", OWN)
+def test_an_own_parameter_is_found_and_the_signature_stays(endpoint: Callable[..., object]) -> None:
+    signature = resolved_signature(endpoint)
+    parameter = request_parameter(signature)
+    assert parameter.signature == signature
+    assert not parameter.added
+    bound = signature.bind(2026, GIVEN) if endpoint is not keyword_only else signature.bind(2026, req=GIVEN)
+    assert parameter.take(bound.args, bound.kwargs) is GIVEN
+    if endpoint is not positional_only:
+        assert parameter.take((), {"year": 2026, parameter.name: GIVEN}) is GIVEN
+
+
+async def without(year: int) -> None: ...
+async def with_kwargs(year: int, **rest: object) -> None: ...
+async def with_another_kind(year: int, connection: HTTPConnection) -> None: ...
+async def with_a_model(request: list[int]) -> None: ...
+async def with_a_default(request=None): ...  # type: ignore[no-untyped-def]  # a query parameter of FastAPI's
+async def taken(cancelonleave_request: int) -> None: ...
+
+
+NONE: list[Callable[..., object]] = [without, with_kwargs, with_another_kind, with_a_model, with_a_default, taken]
+
+
+@pytest.mark.parametrize("endpoint", NONE)
+def test_one_is_added_where_there_is_none(endpoint: Callable[..., object]) -> None:
+    parameter = request_parameter(resolved_signature(endpoint))
+    added = parameter.signature.parameters[parameter.name]
+    assert parameter.added
+    assert added.annotation is Request
+    assert added.kind is inspect.Parameter.KEYWORD_ONLY
+    kwargs: dict[str, object] = {"year": 2026, parameter.name: GIVEN}
+    assert parameter.take((), kwargs) is GIVEN
+    assert kwargs == {"year": 2026}
+
+
+def test_without_a_parameter_of_its_own_the_first_request_among_the_arguments_is_taken() -> None:
+    parameter = request_parameter(resolved_signature(without))
+    other = Request({"type": "http"})
+    assert parameter.take((1, GIVEN, other), {}) is GIVEN
+    assert parameter.take((1,), {"any": GIVEN, "other": other}) is GIVEN
+    assert parameter.take((1,), {}) is None
+
+
+def test_the_own_parameter_comes_before_another_request_among_the_arguments() -> None:
+    parameter = request_parameter(resolved_signature(annotated))
+    other = Request({"type": "http"})
+    assert parameter.take((), {"year": other, "req": GIVEN}) is GIVEN
+    assert parameter.take((other,), {}) is other
+
+
+def test_each_annotation_is_resolved_by_itself() -> None:
+    signature = resolved_signature(named_for_checkers)
+    assert signature.parameters["year"].annotation is int
+    assert signature.parameters["request"].annotation == "CheckedRequest"
+    assert signature.return_annotation == "CheckedResponse"
+
+
+class Endpoints:
+    async def method(self, req: Request) -> None: ...
+
+    @classmethod
+    async def of_class(cls, req: Request) -> None: ...
+
+    async def __call__(self, req: Request) -> None: ...
+
+
+def decorated(function: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> object:  # Any: passed on
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        Endpoints().method,
+        Endpoints.of_class,
+        Endpoints(),
+        functools.partial(annotated, 2026),
+        functools.partial(functools.partial(annotated), year=2026),
+        decorated(annotated),
+        decorated(functools.partial(Endpoints().method)),
+        print,
+    ],
+)
+def test_names_are_looked_up_where_the_function_at_the_bottom_was_written(endpoint: Callable[..., object]) -> None:
+    parameters = resolved_signature(endpoint).parameters.values()
+    assert [p.annotation for p in parameters if p.name == "req"] == [Request] * (endpoint is not print)
+
+
+def test_a_websocket_is_recognized_by_its_annotation() -> None:
+    async def by_kind(socket: WebSocket) -> None: ...
+
+    async def other(websocket: int) -> None: ...
+
+    assert takes_websocket(resolved_signature(by_kind))
+    assert not takes_websocket(resolved_signature(other))
+    assert not takes_websocket(resolved_signature(with_another_kind))
