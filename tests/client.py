@@ -72,8 +72,7 @@ class Client:
             if self.unsent and not self.left.is_set():
                 chunk = self.unsent.pop(0)
                 return {"type": "http.request", "body": chunk, "more_body": bool(self.unsent)}
-            if self.told and self.once:
-                await anyio.sleep_forever()
+            assert not (self.told and self.once), "receive() was called again, which would wait for ever"
             await self.left.wait()
             self.told = True
             return {"type": "http.disconnect"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import runpy
 import sys
 from collections.abc import Callable
 
@@ -10,8 +11,9 @@ import pytest
 from anyio import CancelScope
 from starlette.types import Message
 
+import trials
 from cancelonleave import _cancellation, _channel
-from trials import BACKENDS, BrokenPromise, main, run_trials
+from trials import BACKENDS, BrokenPromise, run_trials
 
 TRIALS = 3000
 
@@ -25,7 +27,7 @@ def test_as_many_as_you_like_can_be_run_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["trials.py", "--backend", "trio", "--trials", "5", "--seed", "7"])
-    main()
+    runpy.run_path(trials.__file__, run_name="__main__")
     assert capsys.readouterr().out == "5 trials on trio: no fault\n"
 
 

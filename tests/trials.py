@@ -82,8 +82,8 @@ class Planner:
         thousandths = 1000 if self.leave is None else 1
         if draw.random() < 0.3:
             kinds = ("cancel", "timeout", "fail_after") if self.native else ("fail_after",)
-            self.outside = draw.choice(kinds), draw.choice(GRID[1:]) + draw.randrange(thousandths) / 1000
-        moments = [draw.choice(GRID) + draw.randrange(thousandths) / 1000 for _ in range(draw.randint(0, 5))]
+            self.outside = draw.choice(kinds), round(draw.choice(GRID[1:]) + draw.randrange(thousandths) / 1000, 3)
+        moments = [round(draw.choice(GRID) + draw.randrange(thousandths) / 1000, 3) for _ in range(draw.randint(0, 5))]
         return Plan(
             seed=self.seed,
             native=self.native,
