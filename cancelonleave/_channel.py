@@ -6,9 +6,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from anyio import Event, current_effective_deadline, move_on_after
+from anyio import Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 READ_AHEAD = 64 * 1024  # bytes: unread body kept at most, give or take the last message
 MESSAGE_SIZE = 256  # bytes: what a message takes beside its body, so that many small ones don't pile up either
@@ -23,8 +23,7 @@ class Channel:
 
     Args:
         receive: The server's, or a middleware's.
-        invited: False while the client waits for "100 Continue" before it sends the body. Servers send it at the first
-            receive(), so that one is left to the endpoint, which may want to refuse the body.
+        scope: The request's.
     """
 
     left: Message | None = None  # the disconnect, once it is known
@@ -35,9 +34,12 @@ class Channel:
     _takers = 0  # those who wait in take()
     _changed: Event | None = None
 
-    def __init__(self, receive: Receive, *, invited: bool) -> None:
-        self.invited = invited
+    _interrupted = False
+
+    def __init__(self, receive: Receive, scope: Scope) -> None:
+        self.invited = not _waits_for_continue(scope)
         self._receive = receive
+        self._scope = scope
         self._kept: deque[Message | Exception] = deque()
 
     async def take(self, watched: Callable[[], bool]) -> Message:
@@ -71,7 +73,7 @@ class Channel:
     async def watch(self) -> None:
         """Return when the client has left, and those who were reading have been told so."""
         while self.left is None:
-            if self._reading or self._full or not self.invited:
+            if self._reading or self._full or not (self.invited and self._may_be_asked):
                 await self._next_change().wait()
             else:
                 await self._read()
@@ -96,6 +98,11 @@ class Channel:
     def _full(self) -> bool:
         return self._size >= READ_AHEAD or (bool(self._kept) and isinstance(self._kept[-1], Exception))
 
+    @property
+    def _may_be_asked(self) -> bool:
+        """False for gunicorn (27, HTTP/1.1) once a wait was cancelled: from then on it says the client has left."""
+        return not self._interrupted or self._takers > 0 or self._scope.get("asgi", {}).get("spec_version", "") < "2.4"
+
     async def _read(self) -> None:
         self._reading = True
         try:
@@ -103,9 +110,10 @@ class Channel:
                 with move_on_after(PAUSE):
                     await self._next_change().wait()
             self._keep(await self._receive())
-        except (
-            Exception
-        ) as error:  # e.g. 413 from max_body_size: for the one who reads, not for an endpoint that doesn't
+        except get_cancelled_exc_class():
+            self._interrupted = True
+            raise
+        except Exception as error:  # as 413 of max_body_size: for who reads, not for an endpoint that doesn't
             self._kept.append(error)
         finally:
             self._reading = False
@@ -122,6 +130,13 @@ class Channel:
         self._ended = self._ended or (is_body and not message.get("more_body", False))
         self._kept.append(message)
         self._size += _size(message)
+
+
+def _waits_for_continue(scope: Scope) -> bool:
+    for name, _ in scope.get("headers", ()):  # a loop, since any() would cost each request twice as much
+        if name == b"expect":
+            return True
+    return False
 
 
 def _size(message: Message) -> int:

@@ -64,9 +64,8 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         return type(endpoint)(_guard(endpoint.__func__, on_disconnect))
     if on_disconnect is None and inspect.isfunction(endpoint) and endpoint in _guarded:
         return endpoint
-    signature = resolved_signature(endpoint)
-    _refuse_what_cannot_work(endpoint, signature)
-    parameter = request_parameter(signature)
+    _refuse_what_cannot_work(endpoint)
+    parameter = request_parameter(resolved_signature(endpoint))
 
     @functools.wraps(endpoint)
     async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
@@ -85,21 +84,25 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         except BaseException as error:
             if not watched.is_leave(error):
                 raise
-            watched.log(request, time.perf_counter() - began)
+            passes_on = isinstance(error, get_cancelled_exc_class())  # to the decorated endpoint that called this one
+            if not passes_on:
+                watched.log(request, time.perf_counter() - began)
             if on_disconnect is not None:
                 await _call(on_disconnect, request)
-            if isinstance(error, (ClientClosedRequest, get_cancelled_exc_class())):
-                raise  # a cancellation is meant for the decorated endpoint that called this one
+            if passes_on or isinstance(error, ClientClosedRequest):
+                raise
             raise ClientClosedRequest from error
 
-    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)
+    guarded.__name__ = _name(endpoint)
     guarded.__signature__ = parameter.signature  # type: ignore[attr-defined]  # known to inspect, not to typeshed
     _guarded.add(guarded)
     return guarded
 
 
-def _refuse_what_cannot_work(endpoint: Callable[..., object], signature: inspect.Signature) -> None:
-    function = endpoint.func if isinstance(endpoint, functools.partial) else endpoint
+def _refuse_what_cannot_work(endpoint: Callable[..., object]) -> None:
+    function: Any = endpoint  # Any: what a partial is of, is not known
+    if isinstance(function, functools.partial):
+        function = function.func
     call = function if inspect.isroutine(function) else type(function).__call__
     if inspect.isclass(function):
         fault = "a class, which has no one call to cancel. Decorate its async methods"
@@ -107,7 +110,7 @@ def _refuse_what_cannot_work(endpoint: Callable[..., object], signature: inspect
         fault = "a generator. Return the result, or a response, from an async function"
     elif not inspect.iscoroutinefunction(call):
         fault = "not async, so nothing in it can be cancelled. Make it an `async def`"
-    elif takes_websocket(signature):
+    elif takes_websocket(resolved_signature(endpoint)):
         fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
     else:
         return
@@ -123,13 +126,18 @@ async def _call(on_disconnect: OnDisconnect, request: Request) -> None:
         logger.exception("on_disconnect %r failed", on_disconnect)
 
 
+def _name(endpoint: object) -> str:
+    """Return the name by which FastAPI calls it in OpenAPI."""
+    return getattr(endpoint, "__name__", type(endpoint).__name__)
+
+
 class _Watched:
     """A request's channel and the watch over it, in the place of the request's receive()."""
 
     _logged = False
 
-    def __init__(self, receive: Receive, *, invited: bool) -> None:
-        self.channel = Channel(receive, invited=invited)
+    def __init__(self, receive: Receive, scope: Scope) -> None:
+        self.channel = Channel(receive, scope)
         self.watch = Watch(self.channel, ClientClosedRequest)
 
     async def __call__(self) -> Message:
@@ -155,7 +163,8 @@ class _Watched:
             return
         self._logged = True
         method = request.scope.get("method")
-        route = getattr(request.scope.get("route"), "path", None)  # Starlette sets it since
+        # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
+        route = getattr(request.scope.get("route"), "path", None) or _name(request.scope.get("endpoint"))
         logger.info(
             "%s %s: the client left, stopped after %.3f s",
             method,
@@ -176,16 +185,9 @@ def _watched(request: Request) -> _Watched:
     receive = request.receive
     if isinstance(receive, _Watched):
         return receive
-    watched = _Watched(receive, invited=not _waits_for_continue(request.scope))
+    watched = _Watched(receive, request.scope)
     _replace_receive(request, watched)
     return watched
-
-
-def _waits_for_continue(scope: Scope) -> bool:
-    for name, _ in scope.get("headers", ()):  # a loop: `request.headers` costs each request a microsecond
-        if name == b"expect":
-            return True
-    return False
 
 
 async def _is_read(request: Request) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 import pytest
@@ -12,6 +13,10 @@ from cancelonleave._channel import READ_AHEAD, Channel
 pytestmark = pytest.mark.anyio
 
 DISCONNECT: Message = {"type": "http.disconnect"}
+
+
+SCOPE: dict[str, Any] = {"type": "http"}  # Any: as ASGI has it
+EXPECTING = {**SCOPE, "headers": [(b"host", b"test"), (b"expect", b"100-continue")]}
 
 
 def body(data: bytes, *, more: bool = False) -> Message:
@@ -80,7 +85,7 @@ class Watching:
 
 async def test_without_a_watch_it_reads_as_it_is_asked() -> None:
     server = Server(body(b"a", more=True), body(b"b"))
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     assert server.calls == 0
     assert await taken(channel) == body(b"a", more=True)
     assert server.calls == 1
@@ -90,7 +95,7 @@ async def test_without_a_watch_it_reads_as_it_is_asked() -> None:
 async def test_what_the_watch_reads_ahead_is_given_in_order_and_before_the_disconnect() -> None:
     messages = [body(b"a", more=True), body(b"", more=True), body(b"b", more=True), body(b"")]
     server = Server(*messages)
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     async with Watching(channel) as watching:
         server.left.set()
         await watching.until_ended()
@@ -102,7 +107,7 @@ async def test_what_the_watch_reads_ahead_is_given_in_order_and_before_the_disco
 
 async def test_the_disconnect_is_remembered_of_a_server_that_tells_it_once() -> None:
     server = Server(body(b""), DISCONNECT)
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     for _ in range(2):
         await taken(channel)
     for _ in range(3):
@@ -112,7 +117,7 @@ async def test_the_disconnect_is_remembered_of_a_server_that_tells_it_once() -> 
 
 async def test_the_watch_ends_after_those_who_were_reading_have_been_told() -> None:
     server = Server(body(b""))
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     order: list[str] = []
 
     async def read() -> None:
@@ -135,7 +140,7 @@ async def test_the_watch_ends_after_those_who_were_reading_have_been_told() -> N
 
 async def test_a_cancelled_reader_loses_nothing() -> None:
     server = Server()
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     async with Watching(channel) as watching:
         with anyio.move_on_after(0.01):
             await channel.take(watching)
@@ -146,7 +151,7 @@ async def test_a_cancelled_reader_loses_nothing() -> None:
 
 
 async def test_a_cancelled_reader_takes_no_piece_of_the_body() -> None:
-    channel = Channel(Server(body(b"a")).receive, invited=True)
+    channel = Channel(Server(body(b"a")).receive, SCOPE)
     async with Watching(channel) as watching:
         with anyio.CancelScope() as scope:
             scope.cancel()
@@ -156,7 +161,7 @@ async def test_a_cancelled_reader_takes_no_piece_of_the_body() -> None:
 
 
 async def test_a_cancelled_reader_is_told_of_the_disconnect_even_before_the_body_is_read() -> None:
-    channel = Channel(Server(body(b"a"), DISCONNECT).receive, invited=True)
+    channel = Channel(Server(body(b"a"), DISCONNECT).receive, SCOPE)
     async with Watching(channel) as watching:
         await watching.until_ended()
         with anyio.CancelScope() as scope:
@@ -168,7 +173,7 @@ async def test_a_cancelled_reader_is_told_of_the_disconnect_even_before_the_body
 
 async def test_two_readers_share_the_messages_and_both_are_told_of_the_disconnect() -> None:
     server = Server(body(b"a", more=True), body(b"b"))
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     got: list[Message] = []
 
     async def read() -> None:
@@ -187,7 +192,7 @@ async def test_two_readers_share_the_messages_and_both_are_told_of_the_disconnec
 
 async def test_a_reader_goes_on_by_itself_when_the_watch_ends_under_it() -> None:
     server = Server(body(b""))
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     await taken(channel)
     async with anyio.create_task_group() as task_group:
         async with Watching(channel) as watching:
@@ -201,7 +206,7 @@ async def test_a_reader_goes_on_by_itself_when_the_watch_ends_under_it() -> None
 async def test_an_error_of_receive_is_for_the_reader_and_does_not_end_the_watch() -> None:
     error = RuntimeError("too large")
     server = Server(body(b"a", more=True), error, body(b"b"))
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     async with Watching(channel) as watching:
         assert server.calls == 2  # and no more, until the error is taken
         assert await taken(channel, watching) == body(b"a", more=True)
@@ -217,7 +222,7 @@ async def test_an_error_of_receive_is_for_the_reader_and_does_not_end_the_watch(
 async def test_reading_ahead_is_bounded_and_goes_on_as_room_is_made(size: int) -> None:
     chunks = [body(bytes(size), more=True) for _ in range(1000)]
     server = Server(*chunks)
-    channel = Channel(server.receive, invited=True)
+    channel = Channel(server.receive, SCOPE)
     async with Watching(channel) as watching:
         full = server.calls
         assert full * size <= READ_AHEAD
@@ -229,7 +234,7 @@ async def test_reading_ahead_is_bounded_and_goes_on_as_room_is_made(size: int) -
 
 async def test_nothing_is_read_ahead_of_a_client_that_waits_for_100_continue() -> None:
     server = Server(body(b"a"))
-    channel = Channel(server.receive, invited=False)
+    channel = Channel(server.receive, EXPECTING)
     async with Watching(channel) as watching:
         assert server.calls == 0
         assert await taken(channel, watching) == body(b"a")
@@ -250,7 +255,7 @@ async def test_a_receive_that_never_suspends_freezes_nothing(message: Message) -
         calls += 1
         return message if calls < 5 else DISCONNECT
 
-    channel = Channel(receive, invited=True)
+    channel = Channel(receive, SCOPE)
     async with Watching(channel) as watching:
         assert calls <= 2
         with anyio.fail_after(5):
@@ -267,7 +272,7 @@ async def test_a_reader_of_such_a_channel_gets_the_body_once_and_then_the_discon
     async def receive() -> Message:
         return DISCONNECT if left else body(b"")
 
-    channel = Channel(receive, invited=True)
+    channel = Channel(receive, SCOPE)
     assert await taken(channel) == body(b"")
     with anyio.move_on_after(0.02) as scope:
         await channel.take(unwatched)
@@ -278,6 +283,25 @@ async def test_a_reader_of_such_a_channel_gets_the_body_once_and_then_the_discon
 
 async def test_messages_of_unknown_type_are_passed_on() -> None:
     unknown: Message = {"type": "http.early"}
-    channel = Channel(Server(unknown, body(b"a")).receive, invited=True)
+    channel = Channel(Server(unknown, body(b"a")).receive, SCOPE)
     assert await taken(channel) == unknown
     assert await taken(channel) == body(b"a")
+
+
+@pytest.mark.parametrize(("version", "is_believed"), [("2.3", True), ("2.4", False)])
+async def test_gunicorn_is_not_believed_after_a_wait_was_cancelled(version: str, is_believed: bool) -> None:
+    interrupted = False
+
+    async def receive() -> Message:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            await anyio.sleep_forever()
+        return DISCONNECT
+
+    channel = Channel(receive, {**SCOPE, "asgi": {"spec_version": version}})
+    async with Watching(channel) as watching:
+        assert not watching.ended
+    async with Watching(channel) as watching:
+        assert watching.ended == is_believed
+        assert await taken(channel, watching) == DISCONNECT  # but for those who ask
