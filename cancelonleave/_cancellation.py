@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import ContextVar
-from functools import cache
-from typing import Any, Protocol, TypeVar
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
-import anyio
-from anyio import CancelScope, create_task_group, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
 
 T = TypeVar("T")
 
@@ -20,31 +18,22 @@ T = TypeVar("T")
 PATIENCE = 0.025
 
 
-class Event(Protocol):
-    """What a watch waits for."""
-
-    async def watch(self) -> None:
-        """Return when it has come, and those who awaited it by other means have been told."""
-
-    def unwatch(self) -> None:
-        """Learn that `watch()` has ended, however it ended."""
-
-
+@dataclass(eq=False)
 class Watch:
     """A wait for one event, shared by all the calls that end when it comes.
 
     Args:
-        event: What to wait for.
+        wait: Returns when the event has come, and those who awaited it by other means have been told.
+        ended: Called when `wait()` has ended, however it ended.
         error: Makes the exception that a cancelled call ends with.
     """
 
-    over = False
+    wait: Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
+    ended: Callable[[], None]
+    error: Callable[[], Exception]
+    calls: set[_Call] = field(default_factory=set["_Call"])
     task: asyncio.Task[None] | None = None
-
-    def __init__(self, event: Event, error: Callable[[], Exception]) -> None:
-        self.event = event
-        self.error = error
-        self.calls: set[_Call] = set()
+    over: bool = False
 
     def run(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:  # Any: what an `async def` returns
         """Await `awaitable` in the caller's task; if the event comes, cancel it once and raise `error()`."""
@@ -61,6 +50,11 @@ class Watch:
             call.watch_now()
         return bool(self.calls) and not self.over
 
+    @property
+    def has_cancelled(self) -> bool:
+        """Whether it has cancelled a call that has not ended yet."""
+        return any(call.cancelled for call in self.calls)
+
     def tell(self) -> None:
         """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
         call = _innermost.get()
@@ -69,39 +63,33 @@ class Watch:
                 call.tell()
             call = call.around
 
-    @property
-    def cancelling(self) -> bool:
-        """Whether a call was cancelled and has not ended yet."""
-        return any(call.cancelled for call in self.calls)
-
-    def start_task(self, loop: asyncio.AbstractEventLoop) -> None:
+    def start_task(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
         if self.task is None and not self.over:
-            self.task = loop.create_task(self.event.watch(), name="cancelonleave: watch")
+            self.task = loop.create_task(self.wait(), name="cancelonleave: watch", context=context)
             self.task.add_done_callback(self._task_done)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
-        self.event.unwatch()
-        if task is self.task:  # nobody stopped it: the event has come
+        self.ended()
+        if task is self.task:  # nobody stopped it here
             self.task = None
-            self.over = True
-            for call in tuple(self.calls):
+            self.over = not task.cancelled()  # by someone who sweeps over all tasks
+            for call in tuple(self.calls) if self.over else ():
                 call.cancel()
 
     async def stop_task(self) -> None:
         """Cancel the wait and see it end, once no call needs it."""
         if self.task is not None and not self.calls:
             task, self.task = self.task, None
-            task.cancel()
-            # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
-            await asyncio.wait((task,))
+            while not task.done():
+                task.cancel()  # again, for a receive() that swallowed it
+                # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
+                await asyncio.wait((task,), timeout=PATIENCE)
 
 
-class _Call(ABC):
+class _Call:
     """One awaitable under a watch: what asyncio and trio have in common."""
 
-    told = False  # of the event, by itself
-    cancelled = False
-    ended = False
+    told = cancelled = ended = False
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -117,13 +105,11 @@ class _Call(ABC):
     def tell(self) -> None:
         self.told = True
 
-    @abstractmethod
     def watch_now(self) -> None:
         """Don't wait for the end of `PATIENCE`."""
 
-    @abstractmethod
     def cancel(self) -> None:
-        """Cancel what is still running."""
+        """Cancel what is still running, and was not told."""
 
 
 _innermost: ContextVar[_Call | None] = ContextVar("cancelonleave", default=None)
@@ -140,12 +126,15 @@ class _AsyncioCall(_Call):
     _retry: asyncio.TimerHandle | None = None
 
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
+        self._context = (
+            copy_context()
+        )  # the request's, for the watch; before this call is in it, which would be a cycle
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
         self._cancel_scope = _scope_class()()
         self._shield = _scope_class()()
-        self._latecomers = _latecomers(host.get_loop()).add(self)
+        self._place = _latecomers(host.get_loop()).add(self)
 
     async def run(self, awaitable: Awaitable[T]) -> T:
         try:
@@ -159,18 +148,19 @@ class _AsyncioCall(_Call):
             if not self.cancelled or self._host.cancelling() > self._base:
                 raise
         finally:
+            del self._host  # its exception may come to hold this frame
             if self.watch.task is not None:
                 await self.watch.stop_task()
         raise self.watch.error()
 
     def end(self) -> None:
         super().end()
-        self._latecomers.discard(self)
+        self._place.discard(self)
         if self._retry is not None:
             self._retry.cancel()
 
     def watch_now(self) -> None:
-        self.watch.start_task(self._host.get_loop())
+        self.watch.start_task(self._host.get_loop(), self._context)
 
     def cancel(self) -> None:
         if self.ended or self.told:
@@ -178,7 +168,7 @@ class _AsyncioCall(_Call):
         if self._may_cancel():
             count = self._host.cancelling()
             if self._cancel_scope.cancel_called:
-                self._shield.shield = False
+                self._shield.shield = False  # this delivers once more
             else:
                 self._cancel_scope.cancel()
             self._shield.shield = True
@@ -189,9 +179,8 @@ class _AsyncioCall(_Call):
     def _may_cancel(self) -> bool:
         """Whether neither somebody else nor the call around this one, which comes first, is cancelling the task."""
         around = self.around
-        return self._host.cancelling() <= self._base and (
-            around is None or around.watch is not self.watch or around.ended or around.told
-        )
+        first = around is None or around.watch is not self.watch or around.ended or around.told
+        return first and self._host.cancelling() <= self._base
 
 
 @cache
@@ -207,7 +196,7 @@ class _Latecomers:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+        self._loop = loop
         self._new: set[_AsyncioCall] = set()
         self._old: set[_AsyncioCall] = set()
         self._ticking = False
@@ -221,26 +210,15 @@ class _Latecomers:
         return place
 
     def _tick(self) -> None:
-        for call in self._old:
-            call.watch_now()
-        self._old, self._new = self._new, set()
+        late, self._old, self._new = self._old, self._new, set()
         self._ticking = bool(self._old)
         if self._ticking:
-            self.loop.call_later(PATIENCE, self._tick)
+            self._loop.call_later(PATIENCE, self._tick, context=Context())  # not that of the request that came first
+        for call in late:
+            call.watch_now()
 
 
-class _Thread(threading.local):
-    latecomers: _Latecomers | None = None
-
-
-_thread = _Thread()
-
-
-def _latecomers(loop: asyncio.AbstractEventLoop) -> _Latecomers:
-    latecomers = _thread.latecomers
-    if latecomers is None or latecomers.loop is not loop:
-        latecomers = _thread.latecomers = _Latecomers(loop)
-    return latecomers
+_latecomers = lru_cache(maxsize=16)(_Latecomers)  # by loop; where there are more loops, some calls get a timer alone
 
 
 class _TrioCall(_Call):
@@ -248,8 +226,8 @@ class _TrioCall(_Call):
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
-        self._asked = anyio.Event()
-        self._settled = anyio.Event()
+        self._asked = Event()
+        self._settled = Event()
         self._cancel_scope = CancelScope()
 
     async def run(self, awaitable: Awaitable[T]) -> T:
@@ -271,24 +249,13 @@ class _TrioCall(_Call):
         finally:
             del failure  # it would keep itself alive: exception, traceback, this frame
 
-    def tell(self) -> None:
-        super().tell()
-        self._settled.set()
-
     def end(self) -> None:
         super().end()
         self._settled.set()
 
-    async def _watch(self) -> None:
-        if isinstance(self.around, _TrioCall) and self.around.watch is self.watch:
-            await self.around._settled.wait()  # until then, what cancels that one cancels this one
-        with move_on_after(PATIENCE):
-            await self._asked.wait()
-        try:
-            await self.watch.event.watch()
-        finally:
-            self.watch.event.unwatch()
-        self.cancel()
+    def tell(self) -> None:
+        super().tell()
+        self._settled.set()
 
     def watch_now(self) -> None:
         self._asked.set()
@@ -297,3 +264,14 @@ class _TrioCall(_Call):
         if not self.told:
             self.cancelled = True
             self._cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        if isinstance(self.around, _TrioCall) and self.around.watch is self.watch:
+            await self.around._settled.wait()  # until then, what cancels that one cancels this one
+        with move_on_after(PATIENCE):
+            await self._asked.wait()
+        try:
+            await self.watch.wait()
+        finally:
+            self.watch.ended()
+        self.cancel()

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from anyio import Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
+from anyio import CancelScope, Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from starlette.types import Message, Receive, Scope
 
@@ -37,26 +37,29 @@ class Channel:
     _interrupted = False
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
-        self.invited = not _waits_for_continue(scope)
+        # A client that waits for "100 Continue" gets it at the first receive(), which is left to the endpoint.
+        self.invited = b"expect" not in dict(scope.get("headers", ()))
         self._receive = receive
         self._scope = scope
         self._kept: deque[Message | Exception] = deque()
 
-    async def take(self, watched: Callable[[], bool]) -> Message:
+    async def take(self, start_watch: Callable[[], bool]) -> Message:
         """Return the next message in the server's order, or raise what receive() raised in its place.
 
         Args:
-            watched: Says whether `watch()` is running or about to; then that one reads, and this one waits.
+            start_watch: Starts `watch()` if there is a call to watch, and says whether there is: that reads for all.
         """
-        if self.left is not None and current_effective_deadline() == -math.inf:
-            return self.left  # a cancelled scope: is_disconnected() asks, and would throw away a piece of body
         self.invited = True
+        if is_cancelled():  # is_disconnected() asks: it would throw away a piece of the body
+            await self._look_ahead(start_watch)
+            if self.left is not None:
+                return self.left
         self._takers += 1
-        self._change()
+        self.change()
         try:
             while not self._kept and self.left is None:
-                changed = self._next_change()  # first: an eager task may read before watched() returns
-                await (changed.wait() if watched() or self._reading else self._read())
+                changed = self._next_change()  # first: an eager task reads before start_watch() returns
+                await (changed.wait() if start_watch() or self._reading else self._read())
         finally:
             self._takers -= 1
         if not self._kept:
@@ -64,11 +67,23 @@ class Channel:
             return self.left
         await checkpoint_if_cancelled()
         message = self._kept.popleft()
-        self._change()
+        self.change()
         if isinstance(message, Exception):
-            raise message
+            try:
+                raise message
+            finally:
+                del message  # it would keep itself alive: exception, traceback, this frame
         self._size -= _size(message)
         return message
+
+    async def _look_ahead(self, start_watch: Callable[[], bool]) -> None:
+        """Find out about the disconnect as far as that takes no waiting."""
+        if start_watch():
+            with CancelScope(shield=True):
+                for _ in range(2):  # turns of the event loop until the watch has asked receive()
+                    await checkpoint()
+        elif self._kept and self.left is None and not (self._reading or self._full):
+            await self._read()  # nobody else looks behind what is kept
 
     async def watch(self) -> None:
         """Return when the client has left, and those who were reading have been told so."""
@@ -80,11 +95,8 @@ class Channel:
         while self._takers:
             await checkpoint()
 
-    def unwatch(self) -> None:
-        """Have those whom `watch()` was reading for read for themselves."""
-        self._change()
-
-    def _change(self) -> None:
+    def change(self) -> None:
+        """Have those who wait look again, as when `watch()` has ended and they must read for themselves."""
         if self._changed is not None:
             self._changed.set()
             self._changed = None
@@ -117,7 +129,7 @@ class Channel:
             self._kept.append(error)
         finally:
             self._reading = False
-            self._change()
+            self.change()
 
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
@@ -132,11 +144,9 @@ class Channel:
         self._size += _size(message)
 
 
-def _waits_for_continue(scope: Scope) -> bool:
-    for name, _ in scope.get("headers", ()):  # a loop, since any() would cost each request twice as much
-        if name == b"expect":
-            return True
-    return False
+def is_cancelled() -> bool:
+    """Whether the code running now is in a cancelled scope, as in Request.is_disconnected()."""
+    return current_effective_deadline() == -math.inf
 
 
 def _size(message: Message) -> int:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
 from ._cancellation import Watch
-from ._channel import Channel
+from ._channel import Channel, is_cancelled
 from ._exceptions import ClientClosedRequest
 from ._signature import request_parameter, resolved_signature, takes_websocket
 
@@ -75,20 +75,19 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         watched = _watched(request)
         if not watched.channel.invited and await _is_read(request):
             watched.channel.invited = True
-        began = time.perf_counter()
         try:
-            if watched.gone:
+            if watched.channel.left is not None:
                 watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
                 raise ClientClosedRequest
             return await watched.watch.run(endpoint(*args, **kwargs))
         except BaseException as error:
-            if not watched.is_leave(error):
-                raise
             passes_on = isinstance(error, get_cancelled_exc_class())  # to the decorated endpoint that called this one
+            if not (watched.watch.has_cancelled if passes_on else watched.channel.left and _is_disconnect(error)):
+                raise
             if not passes_on:
-                watched.log(request, time.perf_counter() - began)
+                watched.log(request.scope)
             if on_disconnect is not None:
-                await _call(on_disconnect, request)
+                await _run_hook(on_disconnect, request)
             if passes_on or isinstance(error, ClientClosedRequest):
                 raise
             raise ClientClosedRequest from error
@@ -99,10 +98,8 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
     return guarded
 
 
-def _refuse_what_cannot_work(endpoint: Callable[..., object]) -> None:
-    function: Any = endpoint  # Any: what a partial is of, is not known
-    if isinstance(function, functools.partial):
-        function = function.func
+def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
+    function = endpoint.func if type(endpoint) is functools.partial else endpoint
     call = function if inspect.isroutine(function) else type(function).__call__
     if inspect.isclass(function):
         fault = "a class, which has no one call to cancel. Decorate its async methods"
@@ -117,7 +114,7 @@ def _refuse_what_cannot_work(endpoint: Callable[..., object]) -> None:
     raise TypeError(f"@cancel_on_disconnect can't guard {endpoint!r}: it is {fault}.")
 
 
-async def _call(on_disconnect: OnDisconnect, request: Request) -> None:
+async def _run_hook(on_disconnect: OnDisconnect, request: Request) -> None:
     try:
         result = on_disconnect(request)
         if inspect.isawaitable(result):
@@ -137,41 +134,23 @@ class _Watched:
     _logged = False
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
+        self._began = time.perf_counter()
         self.channel = Channel(receive, scope)
-        self.watch = Watch(self.channel, ClientClosedRequest)
+        self.watch = Watch(self.channel.watch, self.channel.change, ClientClosedRequest)
 
     async def __call__(self) -> Message:
         message = await self.channel.take(self.watch.start)
-        if message is self.channel.left:
+        if message is self.channel.left and not is_cancelled():  # read, not just asked for by is_disconnected()
             self.watch.tell()
         return message
 
-    @property
-    def gone(self) -> bool:
-        return self.watch.over or self.channel.left is not None
-
-    def is_leave(self, error: BaseException) -> bool:
-        """Whether `error` left the endpoint because the client has left."""
-        if not self.gone:
-            return False
-        if isinstance(error, get_cancelled_exc_class()):
-            return self.watch.cancelling
-        return _is_disconnect(error)
-
-    def log(self, request: Request, seconds: float) -> None:
-        if self._logged:
-            return
-        self._logged = True
-        method = request.scope.get("method")
-        # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
-        route = getattr(request.scope.get("route"), "path", None) or _name(request.scope.get("endpoint"))
-        logger.info(
-            "%s %s: the client left, stopped after %.3f s",
-            method,
-            route,
-            seconds,
-            extra={"method": method, "route": route, "seconds": seconds},
-        )
+    def log(self, scope: Scope) -> None:
+        if not self._logged:
+            self._logged = True
+            # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
+            route = getattr(scope.get("route"), "path", None) or _name(scope.get("endpoint"))
+            values = {"method": scope.get("method"), "route": route, "seconds": time.perf_counter() - self._began}
+            logger.info("%(method)s %(route)s: stopped after %(seconds).3f s, the client left", values, extra=values)
 
 
 def _is_disconnect(error: BaseException) -> bool:
@@ -194,23 +173,17 @@ async def _is_read(request: Request) -> bool:
     """Whether the body was read already, as FastAPI does before it calls an endpoint that takes it."""
 
     async def unread() -> Message:
-        raise _UnreadError
+        raise EOFError
 
     receive = _replace_receive(request, unread)
     try:
         async with aclosing(request.stream()) as stream:
             await anext(stream)
-    except _UnreadError:
-        return False
-    except RuntimeError:  # "Stream consumed", as after form()
-        return True
+    except (EOFError, RuntimeError) as error:
+        return isinstance(error, RuntimeError)  # "Stream consumed", as after form()
     finally:
         _replace_receive(request, receive)
     return True
-
-
-class _UnreadError(Exception):
-    pass
 
 
 def _replace_receive(request: Request, receive: Receive) -> Receive:

@@ -29,12 +29,9 @@ class RequestParameter(NamedTuple):
 
     def take(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Request | None:
         """Return the Request of a call, if it has one; remove an added one from `kwargs`, the endpoint's own."""
+        request = args[self.position] if self.position < len(args) else kwargs.get(self.name)
         if self.added:
-            request = kwargs.pop(self.name, None)
-        elif self.position < len(args):
-            request = args[self.position]
-        else:
-            request = kwargs.get(self.name)
+            kwargs.pop(self.name, None)
         if _is_request(request):
             return request
         return next((value for value in (*args, *kwargs.values()) if _is_request(value)), None)
@@ -76,7 +73,7 @@ def takes_websocket(signature: inspect.Signature) -> bool:
 
 
 def _is_kind(annotation: object, kind: type) -> bool:
-    """Say whether it is `kind`, a subclass, or one of them in Annotated, Optional, a union or with type arguments."""
+    """Whether it is `kind`, a subclass, or one of them in Annotated, Optional, a union or with type arguments."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _is_kind(get_args(annotation)[0], kind)
@@ -86,34 +83,26 @@ def _is_kind(annotation: object, kind: type) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, kind)
 
 
-def _is_request(value: object) -> TypeIs[Request]:
-    return isinstance(value, Request)
-
-
 def _is_named(parameter: inspect.Parameter, name: str) -> bool:
     """Starlette gives it by position: it need not be annotated, or may be with a name known to type checkers only."""
     unknown = parameter.annotation is parameter.empty or isinstance(parameter.annotation, (str, ForwardRef))
     return parameter.name == name and unknown and parameter.default is parameter.empty
 
 
+def _is_request(value: object) -> TypeIs[Request]:
+    return isinstance(value, Request)
+
+
 def _resolved(annotation: object, names: dict[str, object]) -> object:
-    if not isinstance(annotation, str):
-        return annotation
-    try:
-        return eval(annotation, names)  # as inspect.signature(eval_str=True) does, which gives up on the first failure
-    except Exception:  # a name imported for type checkers only, or anything else that code in an annotation may raise
+    try:  # as inspect.signature(eval_str=True) does, which gives up on all at the first that fails
+        return eval(annotation, names) if isinstance(annotation, str) else annotation
+    except Exception:  # a name imported for type checkers only, or whatever else code in an annotation may raise
         return annotation
 
 
 def _global_names(endpoint: Callable[..., object]) -> dict[str, object]:
     """Return the globals of the function at the bottom of decorators, partials, methods and callable instances."""
-    function: Any = endpoint  # Any: each kind keeps the next one under an attribute of its own
-    while True:
-        if isinstance(function, functools.partial):
-            function = function.func
-        elif hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        elif inspect.isroutine(function):
-            return getattr(function, "__globals__", {})
-        else:
-            function = type(function).__call__
+    function = inspect.unwrap(endpoint)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    return getattr(function if inspect.isroutine(function) else type(function).__call__, "__globals__", {})

@@ -5,6 +5,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -41,12 +43,16 @@ class Alarm:
         self.unwatched += 1
 
 
+def watch_for(alarm: Alarm) -> Watch:
+    return Watch(alarm.watch, alarm.unwatch, Rang)
+
+
 class Bench:
     """An alarm, the watch for it, and what a call under it went through."""
 
     def __init__(self) -> None:
         self.alarm = Alarm()
-        self.watch = Watch(self.alarm, Rang)
+        self.watch = watch_for(self.alarm)
         self.seen: list[str] = []
 
     async def ring(self) -> None:
@@ -84,7 +90,7 @@ async def test_a_call_that_ends_soon_never_starts_the_wait() -> None:
         await checkpoint()
         return "result"
 
-    assert await Watch(alarm, Rang).run(call()) == "result"
+    assert await watch_for(alarm).run(call()) == "result"
     assert alarm.watched == 0
 
 
@@ -95,7 +101,7 @@ async def test_a_call_that_lasts_is_watched_and_the_wait_ends_with_it() -> None:
         await anyio.sleep(PATIENCE * 3)
         return "result"
 
-    assert await Watch(alarm, Rang).run(call()) == "result"
+    assert await watch_for(alarm).run(call()) == "result"
     assert (alarm.watched, alarm.unwatched) == (1, 1)
 
 
@@ -215,13 +221,13 @@ async def test_an_exception_group_stays_as_it_is() -> None:
         raise group
 
     with pytest.raises(BaseExceptionGroup) as raised:
-        await Watch(Alarm(), Rang).run(call())
+        await watch_for(Alarm()).run(call())
     assert raised.value is group
 
 
 async def test_one_who_was_told_is_not_cancelled_on_top() -> None:
     bench = Bench()
-    other = Watch(Alarm(), Rang)
+    other = watch_for(Alarm())
 
     async def call() -> str:
         async def within() -> None:
@@ -241,7 +247,7 @@ async def test_calls_within_a_call_are_cancelled_by_way_of_it() -> None:
         try:
             await bench.sleep()
         finally:
-            assert bench.watch.cancelling
+            assert bench.watch.has_cancelled
 
     async def call() -> None:
         try:
@@ -363,7 +369,7 @@ async def test_a_cancellation_from_outside_while_the_wait_is_being_joined_is_pas
     async def call() -> None:
         await asyncio.sleep(PATIENCE * 3)
 
-    task = asyncio.create_task(Watch(Slow(), Rang).run(call()))
+    task = asyncio.create_task(watch_for(Slow()).run(call()))
     await asyncio.wait([task], timeout=5)
     assert task.cancelled()
     await asyncio.sleep(PATIENCE * 2)
@@ -388,16 +394,57 @@ async def test_the_cleanup_after_a_cancellation_from_outside_is_not_cancelled_ag
 
 
 @on_asyncio
-async def test_a_wait_that_is_killed_counts_as_the_event() -> None:
-    class Killed(Alarm):
-        async def watch(self) -> None:
-            raise asyncio.CancelledError  # as tremolo's receive() may, when the client leaves in mid-upload
-
+async def test_a_sweep_over_all_tasks_is_not_the_event() -> None:
     bench = Bench()
-    bench.watch = Watch(Killed(), Rang)
-    await bench.run(bench.sleep)
-    assert bench.seen == ["cancelled", "rang"]
-    assert bench.watch.over
+
+    async def call() -> str:
+        await asyncio.sleep(PATIENCE * 3)
+        for task in asyncio.all_tasks():
+            if task.get_name().startswith("cancelonleave"):
+                task.cancel()
+        await asyncio.sleep(PATIENCE * 3)
+        return "result"
+
+    assert await bench.watch.run(call()) == "result"
+    assert not bench.watch.over
+
+
+@on_asyncio
+async def test_a_wait_that_swallows_a_cancellation_is_cancelled_again() -> None:
+    class Deaf(Alarm):
+        async def watch(self) -> None:
+            with suppress(asyncio.CancelledError):
+                await super().watch()
+            await super().watch()
+
+    async def call() -> None:
+        await asyncio.sleep(PATIENCE * 3)
+
+    alarm = Deaf()
+    with anyio.fail_after(5):
+        await watch_for(alarm).run(call())
+    assert (alarm.watched, alarm.unwatched) == (2, 1)
+
+
+@on_asyncio
+async def test_the_wait_runs_in_the_context_of_the_call_and_holds_no_other() -> None:
+    name: ContextVar[str] = ContextVar("name")
+    seen: list[str] = []
+
+    class Curious(Alarm):
+        async def watch(self) -> None:
+            seen.append(name.get())
+            await super().watch()
+
+    async def call(own: str, duration: float) -> None:
+        name.set(own)
+        await watch_for(Curious()).run(asyncio.sleep(duration))
+
+    async with asyncio.TaskGroup() as task_group:
+        task_group.create_task(call("first", PATIENCE / 5))
+        await asyncio.sleep(PATIENCE / 10)
+        task_group.create_task(call("second", PATIENCE * 3))
+    assert seen == ["second"]
 
 
 def test_every_loop_has_its_own_clock() -> None:
@@ -448,7 +495,7 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        watch = Watch(Alarm(), Rang)
+        watch = watch_for(Alarm())
         await watch.run(call())
         gone = weakref.ref(watch)
         del watch

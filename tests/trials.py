@@ -223,6 +223,7 @@ class World:
         self.whole = False  # the body was read to its end
         self.told = False  # the endpoint has learned of the leave, and goes on
         self.told_by_reading = False
+        self.read_when_cancelled = False
         self.in_care = 0  # cleanups and shields under way
         self.settled = 0.0  # when the last of them ended
         self.hooks: list[str] = []
@@ -296,7 +297,7 @@ class World:
                     await checkpoint()
                     done()
                 finally:
-                    level = not self.plan.native or place.in_nursery
+                    level = not self.plan.native or place.in_nursery or self.read_when_cancelled
                     if not told or level or self.plan.outside is not None or any(fired() for fired in place.fired):
                         done()
 
@@ -335,6 +336,8 @@ class World:
             return False
         except ClientDisconnect:
             self.stream = None
+            # In a cancelled scope a read can't be told from is_disconnected(), which tells nobody.
+            self.read_when_cancelled = anyio.current_effective_deadline() == -math.inf
             self.told_by_reading = self.told = True
             self.require(self.server.gone, "a disconnect, but the client is there")
             raise
@@ -347,9 +350,6 @@ class World:
 
     async def do_poll(self, place: Place) -> None:
         if await self.request.is_disconnected():
-            cancelled = self.told or self.in_care or anyio.current_effective_deadline() == -math.inf
-            self.told_by_reading |= not cancelled
-            self.told = True
             self.require(self.server.gone, "a disconnect, but the client is there")
 
     async def do_move_on_after(self, place: Place, time: int, steps: list[Step]) -> None:
