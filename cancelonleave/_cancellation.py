@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
-from anyio import CancelScope, Event, create_task_group, get_cancelled_exc_class, move_on_after
+from anyio import (
+    CancelScope,
+    Event,
+    create_task_group,
+    get_cancelled_exc_class,
+    get_running_tasks,
+    move_on_after,
+    sleep,
+)
 
 T = TypeVar("T")
 
@@ -59,31 +67,35 @@ class Watch:
         """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
         call = _innermost.get()
         while call is not None:
-            if call.watch is self:
-                call.tell()
+            call.told = call.told or call.watch is self
             call = call.around
 
     def start_task(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
         if self.task is None and not self.over:
-            self.task = loop.create_task(self.wait(), name="cancelonleave: watch", context=context)
+            self.task = loop.create_task(self._wait_and_cancel(), name="cancelonleave: watch", context=context)
             self.task.add_done_callback(self._task_done)
+
+    async def _wait_and_cancel(self) -> None:
+        await self.wait()
+        self.over = True
+        await asyncio.sleep(0)  # an eager task (3.12) may be in a step of the host's, which must not be cancelled there
+        while due := [call for call in self.calls if not (call.told or call.cancelled)]:
+            for call in due:
+                call.cancel()
+            await asyncio.sleep(PATIENCE)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self.ended()
-        if task is self.task:  # nobody stopped it here
+        if task is self.task:
             self.task = None
-            self.over = not task.cancelled()  # by someone who sweeps over all tasks
-            for call in tuple(self.calls) if self.over else ():
-                call.cancel()
 
-    async def stop_task(self) -> None:
-        """Cancel the wait and see it end, once no call needs it."""
-        if self.task is not None and not self.calls:
-            task, self.task = self.task, None
-            while not task.done():
-                task.cancel()  # again, for a receive() that swallowed it
-                # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
-                await asyncio.wait((task,), timeout=PATIENCE)
+    async def stop_task(self, task: asyncio.Task[None]) -> None:
+        """Cancel the wait and see it end."""
+        self.task = None
+        while not task.done():
+            task.cancel()  # again, for a receive() that swallowed it
+            # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
+            await asyncio.wait((task,), timeout=PATIENCE)
 
 
 class _Call:
@@ -102,8 +114,10 @@ class _Call:
         self.watch.calls.discard(self)
         _innermost.reset(self._token)
 
-    def tell(self) -> None:
-        self.told = True
+    def is_first(self) -> bool:
+        """Whether no call around this one is still to be cancelled, and this one with it."""
+        around = self.around
+        return around is None or around.watch is not self.watch or around.ended or around.told
 
     def watch_now(self) -> None:
         """Don't wait for the end of `PATIENCE`."""
@@ -122,8 +136,6 @@ class _AsyncioCall(_Call):
     could await anything. Therefore two scopes: cancelling the outer one reaches the task, unless that is shielded, and
     the inner one becomes a shield in the same breath, so nothing follows. `Task.cancelling()` tells if it arrived.
     """
-
-    _retry: asyncio.TimerHandle | None = None
 
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
         self._context = (
@@ -149,38 +161,30 @@ class _AsyncioCall(_Call):
                 raise
         finally:
             del self._host  # its exception may come to hold this frame
-            if self.watch.task is not None:
-                await self.watch.stop_task()
+            if self.watch.task is not None and not self.watch.calls:
+                await self.watch.stop_task(self.watch.task)
         raise self.watch.error()
 
     def end(self) -> None:
         super().end()
         self._place.discard(self)
-        if self._retry is not None:
-            self._retry.cancel()
 
     def watch_now(self) -> None:
         self.watch.start_task(self._host.get_loop(), self._context)
 
     def cancel(self) -> None:
-        if self.ended or self.told:
-            return
-        if self._may_cancel():
-            count = self._host.cancelling()
-            if self._cancel_scope.cancel_called:
-                self._shield.shield = False  # this delivers once more
-            else:
-                self._cancel_scope.cancel()
-            self._shield.shield = True
-            self.cancelled = self._host.cancelling() > count
-        if not self.cancelled:
-            self._retry = self._host.get_loop().call_later(PATIENCE, self.cancel)
+        if self._shield.shield or not self._cancel_scope.cancel_called:
+            if not self.is_first() or self._host.cancelling() > self._base:
+                return  # somebody else is cancelling the task just now
+            self._cancel_scope.cancel()
+            self._shield.shield = False  # delivers once more, if it was up
+        self.cancelled = self._host.cancelling() > self._base
+        # A shielded host may have children in a task group of anyio's that were reached now. It must not leave that as
+        # if they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
+        self._shield.shield = self.cancelled or not self._has_children()
 
-    def _may_cancel(self) -> bool:
-        """Whether neither somebody else nor the call around this one, which comes first, is cancelling the task."""
-        around = self.around
-        first = around is None or around.watch is not self.watch or around.ended or around.told
-        return first and self._host.cancelling() <= self._base
+    def _has_children(self) -> bool:
+        return any(task.parent_id == id(self._host) for task in get_running_tasks())
 
 
 @cache
@@ -227,35 +231,31 @@ class _TrioCall(_Call):
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
         self._asked = Event()
-        self._settled = Event()
         self._cancel_scope = CancelScope()
 
     async def run(self, awaitable: Awaitable[T]) -> T:
+        results: list[T] = []
         failure: BaseException | None = None
-        async with create_task_group() as task_group:
-            task_group.start_soon(self._watch)
-            try:
-                with self._cancel_scope:
-                    return await awaitable
-            except get_cancelled_exc_class():
-                raise
-            except BaseException as error:  # the task group would wrap it
-                failure = error
-            finally:
-                self.end()
+        with CancelScope() as joining:
+            async with create_task_group() as task_group:
+                task_group.start_soon(self._watch)
+                try:
+                    with self._cancel_scope:
+                        results.append(await awaitable)
+                except get_cancelled_exc_class():
+                    raise
+                except BaseException as error:  # the task group would wrap it
+                    failure = error
+                finally:
+                    self.end()
+                joining.shield = True  # nothing may take the place of the result while the watch ends
                 task_group.cancel_scope.cancel()
+        if results:
+            return results[0]
         try:
             raise failure or self.watch.error()
         finally:
             del failure  # it would keep itself alive: exception, traceback, this frame
-
-    def end(self) -> None:
-        super().end()
-        self._settled.set()
-
-    def tell(self) -> None:
-        super().tell()
-        self._settled.set()
 
     def watch_now(self) -> None:
         self._asked.set()
@@ -266,10 +266,10 @@ class _TrioCall(_Call):
             self._cancel_scope.cancel()
 
     async def _watch(self) -> None:
-        if isinstance(self.around, _TrioCall) and self.around.watch is self.watch:
-            await self.around._settled.wait()  # until then, what cancels that one cancels this one
         with move_on_after(PATIENCE):
             await self._asked.wait()
+        while not self.is_first():  # until then, what cancels the one around cancels this one
+            await sleep(PATIENCE)
         try:
             await self.watch.wait()
         finally:

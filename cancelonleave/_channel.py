@@ -80,7 +80,7 @@ class Channel:
         """Find out about the disconnect as far as that takes no waiting."""
         if start_watch():
             with CancelScope(shield=True):
-                for _ in range(2):  # turns of the event loop until the watch has asked receive()
+                for _ in range(3):  # turns of the event loop until the watch has asked receive()
                     await checkpoint()
         elif self._kept and self.left is None and not (self._reading or self._full):
             await self._read()  # nobody else looks behind what is kept

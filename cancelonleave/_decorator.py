@@ -65,7 +65,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
     if on_disconnect is None and inspect.isfunction(endpoint) and endpoint in _guarded:
         return endpoint
     _refuse_what_cannot_work(endpoint)
-    parameter = request_parameter(resolved_signature(endpoint))
+    parameter = request_parameter(endpoint)
 
     @functools.wraps(endpoint)
     async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
@@ -99,7 +99,9 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
 
 
 def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
-    function = endpoint.func if type(endpoint) is functools.partial else endpoint
+    function = endpoint
+    if isinstance(function, functools.partial):
+        function = function.func
     call = function if inspect.isroutine(function) else type(function).__call__
     if inspect.isclass(function):
         fault = "a class, which has no one call to cancel. Decorate its async methods"

@@ -26,6 +26,7 @@ class RequestParameter(NamedTuple):
     position: int
     added: bool
     signature: inspect.Signature
+    bound: tuple[object, ...]  # by functools.partial
 
     def take(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Request | None:
         """Return the Request of a call, if it has one; remove an added one from `kwargs`, the endpoint's own."""
@@ -34,7 +35,7 @@ class RequestParameter(NamedTuple):
             kwargs.pop(self.name, None)
         if _is_request(request):
             return request
-        return next((value for value in (*args, *kwargs.values()) if _is_request(value)), None)
+        return next((value for value in (*args, *kwargs.values(), *self.bound) if _is_request(value)), None)
 
 
 def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
@@ -48,21 +49,25 @@ def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
     return signature.replace(parameters=parameters, return_annotation=_resolved(signature.return_annotation, names))
 
 
-def request_parameter(signature: inspect.Signature) -> RequestParameter:
+def request_parameter(endpoint: Callable[..., object]) -> RequestParameter:
     """Find the parameter that takes the Request, or add one that FastAPI fills and OpenAPI doesn't show."""
+    signature = resolved_signature(endpoint)
+    bound: tuple[object, ...] = ()
+    if isinstance(endpoint, functools.partial):
+        bound = (*endpoint.args, *endpoint.keywords.values())
     parameters = list(signature.parameters.values())
     own = [parameter for parameter in parameters if _is_kind(parameter.annotation, Request)]
     own += [parameter for parameter in parameters if _is_named(parameter, "request")]
     if own:
         position = sys.maxsize if own[0].kind is own[0].KEYWORD_ONLY else parameters.index(own[0])
-        return RequestParameter(own[0].name, position, False, signature)
+        return RequestParameter(own[0].name, position, False, signature, bound)
     name = "cancelonleave_request"
     while name in signature.parameters:
         name += "_"
     added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Request)
     has_kwargs = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
     parameters.insert(len(parameters) - has_kwargs, added)
-    return RequestParameter(name, sys.maxsize, True, signature.replace(parameters=parameters))
+    return RequestParameter(name, sys.maxsize, True, signature.replace(parameters=parameters), bound)
 
 
 def takes_websocket(signature: inspect.Signature) -> bool:

@@ -73,7 +73,8 @@ class Client:
                 chunk = self.unsent.pop(0)
                 return {"type": "http.request", "body": chunk, "more_body": bool(self.unsent)}
             assert not (self.told and self.once), "receive() was called again, which would wait for ever"
-            await self.left.wait()
+            if not self.left.is_set():
+                await self.left.wait()
             self.told = True
             return {"type": "http.disconnect"}
         finally:

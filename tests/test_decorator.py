@@ -302,6 +302,66 @@ async def test_starlette_keeps_the_channel_where_it_is_looked_for() -> None:
     assert request.receive is request._receive is not before
 
 
+async def test_is_disconnected_is_true_from_the_first_call_for_a_client_that_has_left() -> None:
+    client = Client()
+    client.unsent = []
+    client.left.set()
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> bool:
+        return await request.is_disconnected()
+
+    assert await endpoint(request_of(client))
+
+
+async def test_is_disconnected_works_on_after_a_decorated_function_has_ended() -> None:
+    @cancel_on_disconnect
+    async def lookup(request: Request) -> None:
+        await anyio.sleep(0.06)
+
+    client = Client("POST", body=[b"a"])
+    request = request_of(client)
+    await lookup(request)
+    assert not await request.is_disconnected()
+    client.left.set()
+    assert await request.is_disconnected()
+    assert await request.body() == b"a"
+
+
+async def test_a_child_that_asks_is_disconnected_keeps_nobody_from_being_cancelled() -> None:
+    async def progress(request: Request) -> None:
+        while True:
+            await anyio.sleep(0.005)
+            if await request.is_disconnected():
+                break
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(progress, request)
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.2)
+            await anyio.sleep_forever()
+
+    client = await get(app_of(endpoint), leave_after=0.06)
+    assert client.status == 499
+
+
+async def test_the_seconds_in_the_log_are_those_of_the_request(records: list[logging.LogRecord]) -> None:
+    @cancel_on_disconnect
+    async def helper(request: Request) -> None: ...
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            await helper(request)
+
+    await get(app_of(endpoint), leave_after=0.1)
+    assert [vars(record)["seconds"] >= 0.1 for record in records] == [True]
+
+
 async def test_background_tasks_run_to_their_end_though_servers_tell_of_a_disconnect_after_the_answer() -> None:
     done: list[str] = []
 
@@ -333,6 +393,31 @@ async def test_nothing_of_a_request_is_left_to_the_garbage_collector() -> None:
         del request
         await anyio.sleep(0.06)  # until the event loop has let go as well
         assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+async def test_nor_is_what_a_failing_one_has_left() -> None:
+    async def receive() -> Message:
+        raise ValueError("too large")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        await request.body()
+
+    async def call(request: Request) -> None:
+        with pytest.raises(ValueError, match="too large"):
+            await endpoint(request)
+
+    gc.collect()
+    gc.disable()
+    try:
+        request = Request(SCOPE, receive)
+        await call(request)
+        gone = weakref.ref(request)
+        del request
+        await anyio.sleep(0.06)
+        assert gone() is None
     finally:
         gc.enable()
 

@@ -51,7 +51,7 @@ OWN: list[Callable[..., object]] = [
 @pytest.mark.parametrize("endpoint", OWN)
 def test_an_own_parameter_is_found_and_the_signature_stays(endpoint: Callable[..., object]) -> None:
     signature = resolved_signature(endpoint)
-    parameter = request_parameter(signature)
+    parameter = request_parameter(endpoint)
     assert parameter.signature == signature
     assert not parameter.added
     bound = signature.bind(2026, GIVEN) if endpoint is not keyword_only else signature.bind(2026, req=GIVEN)
@@ -73,7 +73,7 @@ NONE: list[Callable[..., object]] = [without, with_kwargs, with_another_kind, wi
 
 @pytest.mark.parametrize("endpoint", NONE)
 def test_one_is_added_where_there_is_none(endpoint: Callable[..., object]) -> None:
-    parameter = request_parameter(resolved_signature(endpoint))
+    parameter = request_parameter(endpoint)
     added = parameter.signature.parameters[parameter.name]
     assert parameter.added
     assert added.annotation is Request
@@ -84,7 +84,7 @@ def test_one_is_added_where_there_is_none(endpoint: Callable[..., object]) -> No
 
 
 def test_without_a_parameter_of_its_own_the_first_request_among_the_arguments_is_taken() -> None:
-    parameter = request_parameter(resolved_signature(without))
+    parameter = request_parameter(without)
     other = Request({"type": "http"})
     assert parameter.take((1, GIVEN, other), {}) is GIVEN
     assert parameter.take((1,), {"any": GIVEN, "other": other}) is GIVEN
@@ -92,7 +92,7 @@ def test_without_a_parameter_of_its_own_the_first_request_among_the_arguments_is
 
 
 def test_the_own_parameter_comes_before_another_request_among_the_arguments() -> None:
-    parameter = request_parameter(resolved_signature(annotated))
+    parameter = request_parameter(annotated)
     other = Request({"type": "http"})
     assert parameter.take((), {"year": other, "req": GIVEN}) is GIVEN
     assert parameter.take((other,), {}) is other
@@ -146,3 +146,10 @@ def test_a_websocket_is_recognized_by_its_annotation() -> None:
     assert takes_websocket(resolved_signature(by_kind))
     assert not takes_websocket(resolved_signature(other))
     assert not takes_websocket(resolved_signature(with_another_kind))
+
+
+@pytest.mark.parametrize(
+    "bound", [functools.partial(annotated, 2026, GIVEN), functools.partial(with_kwargs, 2026, any=GIVEN)]
+)
+def test_a_request_that_a_partial_has_bound_is_found(bound: Callable[..., object]) -> None:
+    assert request_parameter(bound).take((), {}) is GIVEN

@@ -61,7 +61,7 @@ def takes_a_cancellation_from_outside_for_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def leaves_its_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def stop(self: _cancellation.Watch) -> None:
+    async def stop(self: _cancellation.Watch, task: asyncio.Task[None]) -> None:
         pass
 
     monkeypatch.setattr(_cancellation.Watch, "stop_task", stop)
