@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from anyio import (
@@ -57,11 +57,6 @@ class Watch:
         for call in self.calls:
             call.watch_now()
         return bool(self.calls) and not self.over
-
-    @property
-    def has_cancelled(self) -> bool:
-        """Whether it has cancelled a call that has not ended yet."""
-        return any(call.cancelled for call in self.calls)
 
     def tell(self) -> None:
         """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
@@ -144,9 +139,9 @@ class _AsyncioCall(_Call):
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
-        self._cancel_scope = _scope_class()()
-        self._shield = _scope_class()()
-        self._place = _latecomers(host.get_loop()).add(self)
+        latecomers = _latecomers(host.get_loop())
+        self._cancel_scope, self._shield = latecomers.scope_class(), latecomers.scope_class()
+        self._place = latecomers.add(self)
 
     async def run(self, awaitable: Awaitable[T]) -> T:
         try:
@@ -174,23 +169,15 @@ class _AsyncioCall(_Call):
 
     def cancel(self) -> None:
         if self._shield.shield or not self._cancel_scope.cancel_called:
-            if not self.is_first() or self._host.cancelling() > self._base:
-                return  # somebody else is cancelling the task just now
+            if not self.is_first() or self._host.cancelling() > self._base:  # somebody else is just cancelling the task
+                return
             self._cancel_scope.cancel()
             self._shield.shield = False  # delivers once more, if it was up
         self.cancelled = self._host.cancelling() > self._base
         # A shielded host may have children in a task group of anyio's that were reached now. It must not leave that as
         # if they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
-        self._shield.shield = self.cancelled or not self._has_children()
-
-    def _has_children(self) -> bool:
-        return any(task.parent_id == id(self._host) for task in get_running_tasks())
-
-
-@cache
-def _scope_class() -> type[CancelScope]:
-    """Return asyncio's kind of CancelScope: to call it is three times as fast as to have anyio look it up each time."""
-    return type(CancelScope())
+        has_children = any(task.parent_id == id(self._host) for task in get_running_tasks())
+        self._shield.shield = self.cancelled or not has_children
 
 
 class _Latecomers:
@@ -200,6 +187,7 @@ class _Latecomers:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.scope_class = type(CancelScope())  # asyncio's: anyio looks for it for longer than it takes to make one
         self._loop = loop
         self._new: set[_AsyncioCall] = set()
         self._old: set[_AsyncioCall] = set()
@@ -260,11 +248,6 @@ class _TrioCall(_Call):
     def watch_now(self) -> None:
         self._asked.set()
 
-    def cancel(self) -> None:
-        if not self.told:
-            self.cancelled = True
-            self._cancel_scope.cancel()
-
     async def _watch(self) -> None:
         with move_on_after(PATIENCE):
             await self._asked.wait()
@@ -274,4 +257,6 @@ class _TrioCall(_Call):
             await self.watch.wait()
         finally:
             self.watch.ended()
-        self.cancel()
+        if not self.told:
+            self.cancelled = True
+            self._cancel_scope.cancel()

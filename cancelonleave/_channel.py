@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
+from typing import cast
 
-from anyio import CancelScope, Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
-from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
+from anyio import Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 from starlette.types import Message, Receive, Scope
 
 READ_AHEAD = 64 * 1024  # bytes: unread body kept at most, give or take the last message
@@ -29,12 +30,9 @@ class Channel:
     left: Message | None = None  # the disconnect, once it is known
     _ended = False  # the body has
     _idle = False  # receive() had nothing to say last time
-    _reading = False
-    _size = 0  # of what is kept
-    _takers = 0  # those who wait in take()
+    _reading = _interrupted = False
+    _size = _takers = 0  # of what is kept; those who wait for more
     _changed: Event | None = None
-
-    _interrupted = False
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
         # A client that waits for "100 Continue" gets it at the first receive(), which is left to the endpoint.
@@ -62,33 +60,28 @@ class Channel:
                 await (changed.wait() if start_watch() or self._reading else self._read())
         finally:
             self._takers -= 1
-        if not self._kept:
-            assert self.left is not None
+        if self.left is not None and not self._kept:
             return self.left
         await checkpoint_if_cancelled()
-        message = self._kept.popleft()
         self.change()
-        if isinstance(message, Exception):
-            try:
-                raise message
-            finally:
-                del message  # it would keep itself alive: exception, traceback, this frame
+        if isinstance(self._kept[0], Exception):
+            raise cast(Exception, self._kept.popleft())  # a name for it here would make a cycle with its traceback
+        message = cast(Message, self._kept.popleft())  # it can't be anything else now
         self._size -= _size(message)
         return message
 
     async def _look_ahead(self, start_watch: Callable[[], bool]) -> None:
         """Find out about the disconnect as far as that takes no waiting."""
         if start_watch():
-            with CancelScope(shield=True):
-                for _ in range(3):  # turns of the event loop until the watch has asked receive()
-                    await checkpoint()
-        elif self._kept and self.left is None and not (self._reading or self._full):
+            for _ in range(3):  # turns of the event loop until the watch has asked receive()
+                await cancel_shielded_checkpoint()
+        elif self._kept and self.left is None and not self._reading and self._may_read_ahead:
             await self._read()  # nobody else looks behind what is kept
 
     async def watch(self) -> None:
         """Return when the client has left, and those who were reading have been told so."""
         while self.left is None:
-            if self._reading or self._full or not (self.invited and self._may_be_asked):
+            if self._reading or not self._may_read_ahead:
                 await self._next_change().wait()
             else:
                 await self._read()
@@ -107,13 +100,11 @@ class Channel:
         return self._changed
 
     @property
-    def _full(self) -> bool:
-        return self._size >= READ_AHEAD or (bool(self._kept) and isinstance(self._kept[-1], Exception))
-
-    @property
-    def _may_be_asked(self) -> bool:
-        """False for gunicorn (27, HTTP/1.1) once a wait was cancelled: from then on it says the client has left."""
-        return not self._interrupted or self._takers > 0 or self._scope.get("asgi", {}).get("spec_version", "") < "2.4"
+    def _may_read_ahead(self) -> bool:
+        full = self._size >= READ_AHEAD or (bool(self._kept) and isinstance(self._kept[-1], Exception))
+        # gunicorn (27, HTTP/1.1) says at once that the client has left, if a wait for that was cancelled before.
+        lies = self._interrupted and not self._takers and self._scope.get("asgi", {}).get("spec_version", "") >= "2.4"
+        return self.invited and not full and not lies
 
     async def _read(self) -> None:
         self._reading = True

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope
 from ._cancellation import Watch
 from ._channel import Channel, is_cancelled
 from ._exceptions import ClientClosedRequest
-from ._signature import request_parameter, resolved_signature, takes_websocket
+from ._signature import request_parameter, takes_websocket
 
 # Any: of whatever arguments and result, which the type variable carries over exactly.
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Awaitable[Any]])
@@ -73,8 +73,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         if request is None:
             return await endpoint(*args, **kwargs)
         watched = _watched(request)
-        if not watched.channel.invited and await _is_read(request):
-            watched.channel.invited = True
+        watched.channel.invited = watched.channel.invited or await _is_read(request)
         try:
             if watched.channel.left is not None:
                 watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
@@ -82,7 +81,8 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
             return await watched.watch.run(endpoint(*args, **kwargs))
         except BaseException as error:
             passes_on = isinstance(error, get_cancelled_exc_class())  # to the decorated endpoint that called this one
-            if not (watched.watch.has_cancelled if passes_on else watched.channel.left and _is_disconnect(error)):
+            is_leave = any(call.cancelled for call in watched.watch.calls) if passes_on else _is_disconnect(error)
+            if not is_leave or watched.channel.left is None:
                 raise
             if not passes_on:
                 watched.log(request.scope)
@@ -92,7 +92,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
                 raise
             raise ClientClosedRequest from error
 
-    guarded.__name__ = _name(endpoint)
+    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)  # as FastAPI calls it in OpenAPI
     guarded.__signature__ = parameter.signature  # type: ignore[attr-defined]  # known to inspect, not to typeshed
     _guarded.add(guarded)
     return guarded
@@ -109,7 +109,7 @@ def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
         fault = "a generator. Return the result, or a response, from an async function"
     elif not inspect.iscoroutinefunction(call):
         fault = "not async, so nothing in it can be cancelled. Make it an `async def`"
-    elif takes_websocket(resolved_signature(endpoint)):
+    elif takes_websocket(endpoint):
         fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
     else:
         return
@@ -118,16 +118,10 @@ def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
 
 async def _run_hook(on_disconnect: OnDisconnect, request: Request) -> None:
     try:
-        result = on_disconnect(request)
-        if inspect.isawaitable(result):
+        if inspect.isawaitable(result := on_disconnect(request)):
             await result
     except Exception:
         logger.exception("on_disconnect %r failed", on_disconnect)
-
-
-def _name(endpoint: object) -> str:
-    """Return the name by which FastAPI calls it in OpenAPI."""
-    return getattr(endpoint, "__name__", type(endpoint).__name__)
 
 
 class _Watched:
@@ -150,7 +144,7 @@ class _Watched:
         if not self._logged:
             self._logged = True
             # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
-            route = getattr(scope.get("route"), "path", None) or _name(scope.get("endpoint"))
+            route = getattr(scope.get("route"), "path", getattr(scope.get("endpoint"), "__name__", None))
             values = {"method": scope.get("method"), "route": route, "seconds": time.perf_counter() - self._began}
             logger.info("%(method)s %(route)s: stopped after %(seconds).3f s, the client left", values, extra=values)
 

@@ -26,13 +26,12 @@ class RequestParameter(NamedTuple):
     position: int
     added: bool
     signature: inspect.Signature
-    bound: tuple[object, ...]  # by functools.partial
+    bound: tuple[object, ...]  # if it is a functools.partial
 
     def take(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Request | None:
         """Return the Request of a call, if it has one; remove an added one from `kwargs`, the endpoint's own."""
-        request = args[self.position] if self.position < len(args) else kwargs.get(self.name)
-        if self.added:
-            kwargs.pop(self.name, None)
+        own = args[self.position] if self.position < len(args) else kwargs.get(self.name)
+        request = kwargs.pop(self.name, None) if self.added else own
         if _is_request(request):
             return request
         return next((value for value in (*args, *kwargs.values(), *self.bound) if _is_request(value)), None)
@@ -52,12 +51,9 @@ def resolved_signature(endpoint: Callable[..., object]) -> inspect.Signature:
 def request_parameter(endpoint: Callable[..., object]) -> RequestParameter:
     """Find the parameter that takes the Request, or add one that FastAPI fills and OpenAPI doesn't show."""
     signature = resolved_signature(endpoint)
-    bound: tuple[object, ...] = ()
-    if isinstance(endpoint, functools.partial):
-        bound = (*endpoint.args, *endpoint.keywords.values())
+    bound: tuple[object, ...] = (*getattr(endpoint, "args", ()), *getattr(endpoint, "keywords", {}).values())
     parameters = list(signature.parameters.values())
-    own = [parameter for parameter in parameters if _is_kind(parameter.annotation, Request)]
-    own += [parameter for parameter in parameters if _is_named(parameter, "request")]
+    own = [p for p in parameters if _is_kind(p.annotation, Request) or _is_named(p, "request")]
     if own:
         position = sys.maxsize if own[0].kind is own[0].KEYWORD_ONLY else parameters.index(own[0])
         return RequestParameter(own[0].name, position, False, signature, bound)
@@ -65,13 +61,12 @@ def request_parameter(endpoint: Callable[..., object]) -> RequestParameter:
     while name in signature.parameters:
         name += "_"
     added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Request)
-    has_kwargs = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    parameters.insert(len(parameters) - has_kwargs, added)
+    parameters.insert(len(parameters) - any(p.kind is p.VAR_KEYWORD for p in parameters), added)
     return RequestParameter(name, sys.maxsize, True, signature.replace(parameters=parameters), bound)
 
 
-def takes_websocket(signature: inspect.Signature) -> bool:
-    parameters = signature.parameters.values()
+def takes_websocket(endpoint: Callable[..., object]) -> bool:
+    parameters = resolved_signature(endpoint).parameters.values()
     return any(
         _is_kind(parameter.annotation, WebSocket) or _is_named(parameter, "websocket") for parameter in parameters
     )

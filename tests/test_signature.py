@@ -143,9 +143,9 @@ def test_a_websocket_is_recognized_by_its_annotation() -> None:
 
     async def other(websocket: int) -> None: ...
 
-    assert takes_websocket(resolved_signature(by_kind))
-    assert not takes_websocket(resolved_signature(other))
-    assert not takes_websocket(resolved_signature(with_another_kind))
+    assert takes_websocket(by_kind)
+    assert not takes_websocket(other)
+    assert not takes_websocket(with_another_kind)
 
 
 @pytest.mark.parametrize(

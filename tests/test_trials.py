@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from anyio import CancelScope
 from starlette.types import Message
 
 import trials
@@ -42,10 +41,22 @@ def eats_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cancels_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def scope_class() -> type[CancelScope]:
-        return type("Level", (type(CancelScope()),), {"shield": False})
+    create = _cancellation._AsyncioCall.__init__
 
-    monkeypatch.setattr(_cancellation, "_scope_class", scope_class)
+    class Unshielded:
+        shield = False
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None: ...
+
+    def without_shield(
+        call: _cancellation._AsyncioCall, watch: _cancellation.Watch, host: asyncio.Task[object]
+    ) -> None:
+        create(call, watch, host)
+        monkeypatch.setattr(call, "_shield", Unshielded())
+
+    monkeypatch.setattr(_cancellation._AsyncioCall, "__init__", without_shield)
 
 
 def takes_a_cancellation_from_outside_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -518,7 +518,7 @@ def judge(world: World) -> None:
         may_be_passed_on = plan.outside is not None or world.recancels or not world.server.gone
         right = stopped if world.outside_was_first and not nested else left or (stopped and may_be_passed_on)
     elif is_disconnect(end):
-        right = left or (stopped and plan.outside is not None)
+        right = left or (plan.outside is not None and (stopped or outcome is end))
     else:
         # trio takes its own cancellations out of a group.
         same = outcome is end or (isinstance(outcome, ExceptionGroup) and isinstance(end, BaseExceptionGroup))
