@@ -38,7 +38,8 @@ def cancel_on_disconnect(
     """Cancel an endpoint when its client leaves.
 
     Put it on async endpoints that are slow or expensive, below the route's own decorator; or on any async function
-    that takes a `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it.
+    that takes a `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it, and off
+    what runs after the response: servers tell of a disconnect after each one.
 
     When the client leaves, the endpoint gets one cancellation. Its `finally` and `except` blocks run to their end and
     may await; a section inside `anyio.CancelScope(shield=True)` is not cut, the cancellation waits for its end. (On

@@ -27,9 +27,9 @@ def eager_loop() -> asyncio.AbstractEventLoop:
 
 
 EAGER_TASKS = getattr(asyncio, "eager_task_factory", None)  # since Python 3.12
-LOOPS = [pytest.param(BACKENDS[name], id=name) for name in ("asyncio", "uvloop")]
-LOOPS += [pytest.param(("asyncio", {"loop_factory": eager_loop}), id="eager tasks")] if EAGER_TASKS else []
-on_asyncio = pytest.mark.parametrize("anyio_backend", LOOPS)
+loops = [pytest.param(BACKENDS[name], id=name) for name in ("asyncio", "uvloop")]
+loops += [pytest.param(("asyncio", {"loop_factory": eager_loop}), id="eager tasks")] if EAGER_TASKS else []
+on_asyncio = pytest.mark.parametrize("anyio_backend", loops)
 
 
 class Rang(Exception):
