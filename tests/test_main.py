@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -148,6 +149,15 @@ def test_the_missing_extra_in_this_process(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == MISSING
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Have programs started here heed a SIGINT, although shells have what they start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_stops_the_server(times: int) -> None:
     process = start(*MODULE)
