@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, ContextVar, copy_context
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -20,13 +19,13 @@ from anyio import (
 )
 
 T = TypeVar("T")
+Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
 
 # Seconds. A call that ends sooner never starts the wait, and a cancellation that can't be delivered yet is tried
 # again after as long (every 10 ms would cost 2 % of a core during somebody's long shield).
 PATIENCE = 0.025
 
 
-@dataclass(eq=False)
 class Watch:
     """A wait for one event, shared by all the calls that end when it comes.
 
@@ -36,12 +35,14 @@ class Watch:
         error: Makes the exception that a cancelled call ends with.
     """
 
-    wait: Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
-    ended: Callable[[], None]
-    error: Callable[[], Exception]
-    calls: set[_Call] = field(default_factory=set["_Call"])
+    over = False
     task: asyncio.Task[None] | None = None
-    over: bool = False
+
+    def __init__(self, wait: Wait, ended: Callable[[], None], error: Callable[[], Exception]) -> None:
+        self.wait = wait
+        self.ended = ended
+        self.error = error
+        self.calls: set[_Call] = set()
 
     def run(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:  # Any: what an `async def` returns
         """Await `awaitable` in the caller's task; if the event comes, cancel it once and raise `error()`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from typing import cast
 
@@ -36,10 +35,10 @@ class Channel:
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
         # A client that waits for "100 Continue" gets it at the first receive(), which is left to the endpoint.
-        self.invited = b"expect" not in dict(scope.get("headers", ()))
+        self.invited = b"expect" not in [name for name, _ in scope.get("headers", ())]
         self._receive = receive
         self._scope = scope
-        self._kept: deque[Message | Exception] = deque()
+        self._kept: list[Message | Exception] = []  # at most some 250, so that taking the first is cheap
 
     async def take(self, start_watch: Callable[[], bool]) -> Message:
         """Return the next message in the server's order, or raise what receive() raised in its place.
@@ -65,8 +64,8 @@ class Channel:
         await checkpoint_if_cancelled()
         self.change()
         if isinstance(self._kept[0], Exception):
-            raise cast(Exception, self._kept.popleft())  # a name for it here would make a cycle with its traceback
-        message = cast(Message, self._kept.popleft())  # it can't be anything else now
+            raise cast(Exception, self._kept.pop(0))  # a name for it here would make a cycle with its traceback
+        message = cast(Message, self._kept.pop(0))  # it can't be anything else now
         self._size -= _size(message)
         return message
 

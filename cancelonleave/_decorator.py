@@ -74,7 +74,8 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         if request is None:
             return await endpoint(*args, **kwargs)
         watched = _watched(request)
-        watched.channel.invited = watched.channel.invited or await _is_read(request)
+        if not watched.channel.invited:
+            watched.channel.invited = await _is_read(request)
         try:
             if watched.channel.left is not None:
                 watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
