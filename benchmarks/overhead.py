@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import platform
+import random
 from collections.abc import Callable, Coroutine
 from importlib import import_module
 from importlib.metadata import version
@@ -157,16 +159,17 @@ async def block(app: ASGIApp, requests: int, concurrent: int) -> float:
 
 
 async def measure(case: Case, decorators: dict[str, Decorator], rounds: int, requests: int) -> Blocks:
-    """Run a block for each contestant in each round, and start each round with another one."""
+    """Run a block for each contestant in each round, in random order, so that nobody has the same neighbour always."""
     apps = {name: Starlette(routes=[Route("/", decorate(case.endpoint))]) for name, decorate in decorators.items()}
     blocks: Blocks = {name: [] for name in apps}
     names = list(apps)
     for app in apps.values():
         await block(app, requests, case.concurrent)  # warm up
     for _ in range(rounds):
+        random.shuffle(names)
         for name in names:
+            gc.collect()  # the garbage of the one before is not for this one to clear away
             blocks[name].append(await block(apps[name], requests, case.concurrent))
-        names.append(names.pop(0))
     return blocks
 
 
@@ -197,7 +200,7 @@ def print_table(loop: str, results: dict[str, Blocks]) -> None:
 def main() -> None:
     """Measure everything on both loops, printing each loop's table when it is done."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15, help="blocks of each contestant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=21, help="blocks of each contestant (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=1000, help="requests in a block (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw numbers there")
     options = parser.parse_args()
