@@ -119,7 +119,7 @@ class _Call:
         """Don't wait for the end of `PATIENCE`."""
 
     def cancel(self) -> None:
-        """Cancel what is still running, and was not told."""
+        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
 
 
 _innermost: ContextVar[_Call | None] = ContextVar("cancelonleave", default=None)
@@ -134,9 +134,8 @@ class _AsyncioCall(_Call):
     """
 
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
-        self._context = (
-            copy_context()
-        )  # the request's, for the watch; before this call is in it, which would be a cycle
+        # For the watch: the request's own context, copied before this call is in it, which would make a cycle.
+        self._context = copy_context()
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
