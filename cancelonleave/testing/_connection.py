@@ -68,6 +68,8 @@ class Connection:
     async def upload(self, body: Body, *, invited: bool) -> None:
         """Have the client send its body, no faster than the application receives it, until it leaves."""
         await self.until(lambda: invited or self.asked_for_body or self.over)
+        if self.over:
+            return
         if isinstance(body, bytes):
             self.arrive(body, more=False)
             return
@@ -121,16 +123,16 @@ class Connection:
             self._told = not self.server.repeats_disconnect
             return {"type": "http.disconnect"}
         message = self._arrived.popleft()
+        self._change()
+        if not self.server.takes_body_first:
+            self._count_sent(len(message["body"]))
         if self.server.loses_body_by_cancel:
             try:
                 await checkpoint()
             except get_cancelled_exc_class():
                 self._arrived.appendleft({**message, "body": b""})
                 raise
-        self._change()
         self.body_consumed = not message["more_body"]
-        if not self.server.takes_body_first:
-            self._count_sent(len(message["body"]))
         return message
 
     async def send(self, message: Message) -> None:

@@ -64,7 +64,8 @@ class Exchange:
     @property
     def body(self) -> bytes:
         """The response's body, as far as it was sent."""
-        return b"".join(message.get("body", b"") for message in self._of("http.response.body"))
+        pieces = (message.get("body") for message in self._of("http.response.body"))
+        return b"".join(piece for piece in pieces if isinstance(piece, bytes))
 
     @property
     def text(self) -> str:

@@ -33,21 +33,19 @@ class Order:
 
     def _fault_in(self, message: Mapping[str, Any]) -> str | None:  # Any: ASGI's own type for a message
         kind = message.get("type")
-        if kind == "http.response.start":
-            if self._started:
-                return "came twice"
-            if not isinstance(message.get("status"), int):
-                return "has no status that is an int"
-            pairs = message.get("headers", ())
-            if not all(isinstance(text, bytes) for pair in pairs for text in pair):
-                return "has headers that are not pairs of bytes"
-        elif kind == "http.response.body":
+        if kind in self._extensions:
+            return None
+        if kind not in ("http.response.start", "http.response.body"):
+            return "is not a message that this server takes"
+        if self.complete:
+            return "came after the response was complete"
+        if kind == "http.response.body":
             if not self._started:
                 return "came before http.response.start"
-            if self.complete:
-                return "came after the response was complete"
-            if not isinstance(message.get("body", b""), bytes):
-                return "has a body that is not bytes"
-        elif kind not in self._extensions:
-            return "is not a message that this server takes"
-        return None
+            return None if isinstance(message.get("body", b""), bytes) else "has a body that is not bytes"
+        if self._started:
+            return "came twice"
+        if not isinstance(message.get("status"), int):
+            return "has no status that is an int"
+        texts = (text for pair in message.get("headers", ()) for text in pair)
+        return None if all(isinstance(text, bytes) for text in texts) else "has headers that are not pairs of bytes"

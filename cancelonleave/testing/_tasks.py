@@ -50,10 +50,10 @@ def descriptions(owner: object) -> list[str]:
 
 
 def where(task: asyncio.Task[Any]) -> str:  # Any: of whatever result
-    """Format the innermost frame of a task, and the innermost three outside of libraries or in the server's part."""
+    """Format the innermost frame of a task, and the innermost five outside of libraries or in the server's part."""
     frames = list(_frames(task.get_coro()))
     own = [frame for frame in frames[:-1] if frame.filename == _SERVER or not frame.filename.startswith(_LIBRARIES)]
-    return "".join(format_list([*own[-3:], *frames[-1:]]))
+    return "".join(format_list([*own[-5:], *frames[-1:]]))
 
 
 def _frames(awaited: object) -> Iterator[FrameSummary]:
@@ -75,17 +75,16 @@ def _awaited_by(awaited: object) -> object:
 
 
 def _context(task: asyncio.Task[Any]) -> Context:  # Any: of whatever result
-    if sys.version_info >= (3, 12):
-        return task.get_context()
-    return next(each for each in gc.get_referents(task) if isinstance(each, Context))
+    referents = gc.get_referents(task)  # before Python 3.12 nothing else leads there
+    return task.get_context() if sys.version_info >= (3, 12) else next(r for r in referents if isinstance(r, Context))
 
 
 def _trio_tasks() -> Iterator[trio.lowlevel.Task]:
     import trio  # here, since it need not be installed
 
-    tasks = [trio.lowlevel.current_root_task()]
+    root = trio.lowlevel.current_root_task()
+    tasks = [root] if root is not None else []
     while tasks:
         task = tasks.pop()
-        if task is not None:
-            yield task
-            tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
+        yield task
+        tasks += [child for nursery in task.child_nurseries for child in nursery.child_tasks]
