@@ -8,11 +8,14 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    found = re.search(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def block(begin: str) -> str:
+    """Return the first block of code whose language, and whatever more is given of it, is this."""
+    found = re.search(rf"^```(?={begin}\n)\w+\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
 
@@ -46,6 +49,15 @@ def test_the_example_prints_what_the_readme_says(tmp_path: Path) -> None:
             lines = server.stdout.readline()
         lines += server.stdout.readline()
         assert lines == block("text")
+
+
+@pytest.mark.parametrize("name", ["test_orders.py", "test_events.py"])
+def test_the_examples_of_tests_pass(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    tmp_path.joinpath(name).write_text(block(f"python\n# {name}"), encoding="utf-8")
+    warnings = [f"-W{line}" for line in pytestconfig.getini("filterwarnings")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio", *warnings]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_there_are_two_commands_that_set_everything_up() -> None:

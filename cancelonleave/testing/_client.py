@@ -12,7 +12,7 @@ from ._connection import Check, Connection
 from ._exchange import Exchange
 from ._request import Options, scope_and_body
 from ._run import run
-from ._servers import TABLE, ServerName
+from ._servers import TABLE
 
 
 class Client:
@@ -54,7 +54,7 @@ class Client:
         self,
         app: ASGIApp,
         *,
-        server: ServerName = "strict",
+        server: str = "strict",
         timeout: float = 5,
         unchecked: Mapping[Check, str] | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class Client:
             if not reason.strip():
                 raise ValueError(f"The check {check!r} is left out without a reason. Say why: {{{check!r}: '...'}}.")
         self._app = app
-        self._server: ServerName = server
+        self._server = server
         self._timeout = timeout
         self._unchecked = unchecked or {}
 
