@@ -1,7 +1,7 @@
 """A FastAPI application with an endpoint of each shape, decorated or not, and requests for each."""
 
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Body, Depends, FastAPI, File, Form, Header, Path, Query, Response, UploadFile
@@ -10,8 +10,9 @@ from fastapi.routing import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from client import Client
+from cancelonleave.testing import Exchange
 from future_endpoints import Guard, Work, fastapi_router
+from work import ask
 
 
 class Item(BaseModel):
@@ -256,15 +257,18 @@ def shop(guard: Guard, work: Work) -> FastAPI:
     return app
 
 
-def get(path: str, **headers: str) -> functools.partial[Client]:
-    return functools.partial(Client, path=path, headers=headers)
+Ask = functools.partial[Coroutine[Any, Any, Exchange]]  # Any: what a coroutine is sent
 
 
-def post(path: str, *body: bytes, content_type: str = "application/json") -> functools.partial[Client]:
-    return functools.partial(Client, method="POST", path=path, headers={"Content-Type": content_type}, body=body)
+def get(path: str, **headers: str) -> Ask:
+    return functools.partial(ask, path=path, headers=headers)
 
 
-def upload(path: str) -> functools.partial[Client]:
+def post(path: str, *pieces: bytes, content_type: str = "application/json") -> Ask:
+    return functools.partial(ask, path=path, method="POST", headers={"Content-Type": content_type}, content=pieces)
+
+
+def upload(path: str) -> Ask:
     lines = (
         b"--frontier",
         b'Content-Disposition: form-data; name="file"; filename="a.txt"',

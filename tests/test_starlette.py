@@ -21,12 +21,11 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
-from client import Client
+from cancelonleave.testing import Client
 from future_endpoints import Endpoint, Guard, Work, starlette_endpoints
+from work import LONGER_THAN_PATIENCE, ask, no_work, sent, some_work, undecorated
 
 pytestmark = pytest.mark.anyio
-
-LONGER_THAN_PATIENCE = 0.06
 
 
 class OwnRequest(Request):
@@ -60,18 +59,6 @@ def with_own_signature(endpoint: Endpoint) -> Endpoint:
         return await endpoint(http)
 
     return wrapper
-
-
-def undecorated(endpoint: Endpoint) -> Endpoint:
-    return endpoint
-
-
-async def no_work() -> None:
-    pass
-
-
-async def some_work() -> None:
-    await anyio.sleep(LONGER_THAN_PATIENCE)
 
 
 def site(guard: Guard, work: Work) -> Starlette:
@@ -219,63 +206,62 @@ PATHS = [
 @pytest.mark.parametrize("work", [no_work, some_work])
 @pytest.mark.parametrize("path", PATHS)
 async def test_answer_is_as_undecorated(path: str, work: Work) -> None:
-    decorated = await Client(path=path, headers=TOKEN).request(cached_site(cancel_on_disconnect, work))
-    plain = await Client(path=path, headers=TOKEN).request(cached_site(undecorated, no_work))
-    assert decorated.sent == plain.sent
+    decorated = await ask(cached_site(cancel_on_disconnect, work), path, headers=TOKEN)
+    plain = await ask(cached_site(undecorated, no_work), path, headers=TOKEN)
+    assert sent(decorated) == sent(plain)
     assert decorated.status == 200
 
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_leaving_cancels_an_endpoint_of_any_shape(path: str) -> None:
-    client = Client(path=path, headers=TOKEN)
+    left = anyio.Event()
     cleaned_up = 0
 
     async def work() -> None:
         nonlocal cleaned_up
-        client.left.set()
+        left.set()
         try:
             await anyio.sleep_forever()
         finally:
             cleaned_up += 1
 
-    await client.request(site(cancel_on_disconnect, work))
-    assert client.status == 499
+    exchange = await ask(site(cancel_on_disconnect, work), path, headers=TOKEN, leave_when=left)
+    assert exchange.status == 499
     assert cleaned_up == 1
 
 
 @pytest.mark.parametrize("path", ["/required-above", "/required-below"])
 async def test_requires_still_refuses(path: str) -> None:
-    client = await Client(path=path).request(site(cancel_on_disconnect, no_work))
-    assert client.status == 403
+    exchange = await ask(site(cancel_on_disconnect, no_work), path)
+    assert exchange.status == 403
 
 
 async def test_method_of_http_endpoint_reads_its_body_after_a_while() -> None:
-    client = Client("POST", "/resource/3", body=[b"a", b"b", b"c"])
-    await client.request(site(cancel_on_disconnect, some_work))
-    assert (client.status, client.content) == (200, b"abc")
+    exchange = await ask(site(cancel_on_disconnect, some_work), "/resource/3", "POST", content=[b"a", b"b", b"c"])
+    assert (exchange.status, exchange.body) == (200, b"abc")
 
 
 async def test_callable_instance_becomes_an_endpoint() -> None:
     class Instance:
         async def __call__(self, request: Request) -> None:
-            client.left.set()
+            left.set()
             await anyio.sleep_forever()
 
-    client = Client()
-    await client.request(Starlette(routes=[Route("/", cancel_on_disconnect(Instance()))]))
-    assert client.status == 499
+    left = anyio.Event()
+    exchange = await ask(Starlette(routes=[Route("/", cancel_on_disconnect(Instance()))]), leave_when=left)
+    assert exchange.status == 499
 
 
 async def test_exception_leaves_a_router_without_exception_handling() -> None:
     @cancel_on_disconnect
     async def endpoint(request: Request) -> None:
-        client.left.set()
+        left.set()
         await anyio.sleep_forever()
 
-    client = Client()
-    with pytest.RaisesGroup(ClientClosedRequest):  # the client's task group
-        await client.request(Router([Route("/", endpoint)]))
-    assert client.sent == []
+    left = anyio.Event()
+    exchange = await Client(Router([Route("/", endpoint)])).get("/", leave_when=left)
+    assert isinstance(exchange.error, ClientClosedRequest)
+    assert exchange.messages == ()
 
 
 class Caller:
@@ -328,9 +314,9 @@ CALLS: dict[str, Callable[[Request], Awaitable[None]]] = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 async def test_exception_reaches_the_caller_of_a_decorated_function(call: Callable[[Request], Awaitable[None]]) -> None:
     caller = Caller(call)
-    client = await Client(leave_after=0).request(Starlette(routes=[Route("/", caller.endpoint)]))
+    exchange = await ask(Starlette(routes=[Route("/", caller.endpoint)]), leave_after=0)
     assert [type(error) for error in caller.caught] == [ClientClosedRequest]
-    assert (client.status, client.content) == (200, b"caller's own")
+    assert (exchange.status, exchange.body) == (200, b"caller's own")
 
 
 async def test_call_without_a_request_just_runs() -> None:
@@ -356,14 +342,14 @@ word: ContextVar[str] = ContextVar("word", default="unset")
 @pytest.mark.parametrize("leaves", [True, False])
 async def test_context_variables_set_in_the_endpoint_are_visible_to_the_caller(leaves: bool, work: Work) -> None:
     seen: list[str] = []
-    client = Client()
+    left = anyio.Event()
 
     @cancel_on_disconnect
     async def endpoint(request: Request) -> Response:
         word.set("by the endpoint")
         await work()
         if leaves:
-            client.left.set()
+            left.set()
             await anyio.sleep_forever()
         return PlainTextResponse(word.get())
 
@@ -374,8 +360,8 @@ async def test_context_variables_set_in_the_endpoint_are_visible_to_the_caller(l
         await app(scope, receive, send)
         seen.append(word.get())
 
-    await client.request(outer)
-    assert client.status == (499 if leaves else 200)
+    exchange = await ask(outer, leave_when=left)
+    assert exchange.status == (499 if leaves else 200)
     assert seen == ["by the endpoint"]
 
 
@@ -398,7 +384,7 @@ async def test_one_record_is_logged_for_a_leave(method: str, caplog: pytest.LogC
         await inner(request)
 
     app = Starlette(routes=[Route("/items/{item_id}", endpoint, methods=["GET", "POST"])])
-    await Client(method, "/items/3", leave_after=LONGER_THAN_PATIENCE).request(app)
+    await ask(app, "/items/3", method, leave_after=LONGER_THAN_PATIENCE)
     (record,) = records(caplog)
     assert record.levelno == logging.INFO
     assert record.__dict__["method"] == method
@@ -411,7 +397,7 @@ async def test_one_record_is_logged_for_a_leave(method: str, caplog: pytest.LogC
 async def test_nothing_is_logged_for_a_client_that_stays(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="cancelonleave")
     for path in ("/plain", "/nowhere"):
-        await Client(path=path).request(site(cancel_on_disconnect, some_work))
+        await ask(site(cancel_on_disconnect, some_work), path)
     assert records(caplog) == []
 
 

@@ -1,0 +1,37 @@
+"""What the endpoints of tests do, and how they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+from starlette.types import ASGIApp
+
+from cancelonleave.testing import Client, Exchange
+from future_endpoints import Endpoint
+
+LONGER_THAN_PATIENCE = 0.06
+
+
+def undecorated(endpoint: Endpoint) -> Endpoint:
+    return endpoint
+
+
+async def no_work() -> None:
+    pass
+
+
+async def some_work() -> None:
+    await anyio.sleep(LONGER_THAN_PATIENCE)
+
+
+async def ask(app: ASGIApp, path: str = "/", method: str = "GET", **options: Any) -> Exchange:  # Any: see Client
+    """Send a request to an application that must not raise anything."""
+    exchange = await Client(app).request(method, path, **options)
+    assert exchange.error is None, exchange
+    return exchange
+
+
+def sent(exchange: Exchange) -> list[Mapping[str, object]]:
+    return [sent.message for sent in exchange.messages]
