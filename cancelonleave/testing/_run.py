@@ -63,10 +63,10 @@ async def _leave_when(connection: Connection, event: Event) -> None:
 async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
     """Call the application, in the task that it is called in."""
     own_tasks(connection)
-    if connection.server.takes_body_first:
-        await connection.until(lambda: connection.body_sent or connection.over)
+    at_once = not connection.server.takes_body_first
     try:
-        if connection.body_sent or not connection.server.takes_body_first:
+        await connection.until(lambda: at_once or connection.body_sent or connection.over)
+        if at_once or connection.body_sent:
             await app(scope, connection.receive, connection.send)
     except (Exception, BaseExceptionGroup, get_cancelled_exc_class()) as error:
         if isinstance(error, get_cancelled_exc_class()) and current_effective_deadline() == -math.inf:
@@ -81,12 +81,13 @@ async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
 
 
 async def _wait_for_end(connection: Connection, leave_after: float, timeout: float) -> None:
+    patience = f"{leave_after + timeout:g} s though the client stayed"
     with move_on_after(leave_after + timeout):
         await connection.until(lambda: connection.over)
     if connection.left_after is not None:
+        patience = f"{timeout:g} s after the client left"
         with move_on_after(timeout):
             await connection.until(lambda: connection.ended_after is not None)
     if connection.ended_after is None:
-        since = "after the client left" if connection.left_after is not None else "though the client stayed"
         waiting = "".join(f"\nin task {description}" for description in descriptions(connection))
-        connection.faults.append((None, f"The application still ran {timeout:g} s {since}, waiting{waiting}"))
+        connection.faults.append((None, f"The application still ran {patience}, waiting{waiting}"))
