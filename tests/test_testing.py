@@ -835,7 +835,7 @@ async def test_failed_check_names_what_the_application_raised_as_its_cause() -> 
     [
         (
             {"tasks": "they are many"},
-            r"There is no check 'tasks'. Choose of tasks left behind, unbalanced ",
+            r"There is no check 'tasks'. Choose from tasks left behind, unbalanced ",
         ),
         ({"message order": " "}, r"The check 'message order' is left out without a reason. Say why: "),
     ],

@@ -62,7 +62,7 @@ class Client:
             raise ValueError(f"There is no server {server!r}. Choose one of {', '.join(TABLE)}.")
         for check, reason in (unchecked or {}).items():
             if check not in get_args(Check):
-                raise ValueError(f"There is no check {check!r}. Choose of {', '.join(get_args(Check))}.")
+                raise ValueError(f"There is no check {check!r}. Choose from {', '.join(get_args(Check))}.")
             if not reason.strip():
                 raise ValueError(f"The check {check!r} is left out without a reason. Say why: {{{check!r}: '...'}}.")
         self._app = app
@@ -114,16 +114,18 @@ class Client:
 
     def _judge(self, connection: Connection, request: str) -> Exchange:
         __tracebackhide__ = True
+        assert connection.ended_after is not None  # run() has returned
         exchange = Exchange(
             request=request,
             server=self._server,
             messages=tuple(connection.messages),
             left_after=connection.left_after,
-            ended_after=connection.ended_after or 0.0,
+            ended_after=connection.ended_after,
             error=connection.error,
             asked_for_body=connection.asked_for_body,
             body_consumed=connection.body_consumed,
         )
+        # Unlike the checks, the timeout has no name to leave it out by.
         faults = [fault for check, fault in connection.faults if check not in self._unchecked]
         if faults:
             raise AssertionError("\n".join((*faults, repr(exchange)))) from exchange.error
