@@ -54,8 +54,9 @@ def test_the_example_prints_what_the_readme_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["test_orders.py", "test_events.py"])
 def test_the_examples_of_tests_pass(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     tmp_path.joinpath(name).write_text(block(f"python\n# {name}"), encoding="utf-8")
-    warnings = [f"-W{line}" for line in pytestconfig.getini("filterwarnings")]
-    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio", *warnings]
+    warnings = "\n  ".join(["filterwarnings =", *pytestconfig.getini("filterwarnings")])  # -W takes no patterns
+    tmp_path.joinpath("pytest.ini").write_text(f"[pytest]\n{warnings}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
