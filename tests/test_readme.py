@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import starlette
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
 
@@ -59,6 +60,16 @@ def test_the_examples_of_tests_pass(name: str, tmp_path: Path, pytestconfig: pyt
     command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_is_said_of_the_stream_behind_gunicorn_is_true(tmp_path: Path) -> None:
+    example = block("python\n# test_events.py").replace('["uvicorn", ', '["gunicorn", "strict", "uvicorn", ')
+    tmp_path.joinpath("test_events.py").write_text(example, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    trusts_send = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 42)
+    assert ("2 failed, 4 passed" if trusts_send else "6 passed") in done.stdout
+    assert ("still ran 1 s after the client left" in done.stdout) == trusts_send
 
 
 def test_there_are_two_commands_that_set_everything_up() -> None:

@@ -31,8 +31,8 @@ class Client:
     - doesn't take the one that follows a complete response for a leave (all but gunicorn);
     - doesn't cancel a waiting `receive()` and call it again: body is lost (granian), and after the body the client is
       said to be gone (gunicorn), as with Starlette's `is_disconnected()`;
-    - doesn't wait for `send()` to fail, though `spec_version` is 2.4: nothing happens (gunicorn), so that Starlette's
-      own StreamingResponse goes on and on;
+    - doesn't wait for `send()` to fail, though `spec_version` is 2.4: nothing happens (gunicorn), so that a
+      StreamingResponse of Starlette's, from 0.42 on, goes on and on;
     - can be cancelled in `send()`: one under way when the client leaves never returns (gunicorn on uvloop).
 
     What contradicts this is left to the servers by name: no `spec_version` (daphne), unread body dropped (uvicorn,
