@@ -15,11 +15,11 @@ from anyio.lowlevel import checkpoint
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from trio.testing import MockClock
 
 from cancelonleave.testing import SERVERS, Client, Exchange, Sent
 from cancelonleave.testing._request import Body
-from virtual import AsyncioLoop, UvloopLoop
+from virtual import anyio_backend as anyio_backend
+from work import on_trio
 
 pytestmark = pytest.mark.anyio
 
@@ -28,15 +28,6 @@ START: dict[str, Any] = {"type": "http.response.start", "status": 200, "headers"
 PIECE: Message = {"type": "http.response.body", "body": b"piece", "more_body": True}
 END: Message = {"type": "http.response.body", "body": b"end"}
 GOT, GONE, WAITS = "http.request", "http.disconnect", "waits"
-
-
-@pytest.fixture(params=["asyncio", "uvloop", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> object:
-    return {
-        "asyncio": ("asyncio", {"loop_factory": AsyncioLoop}),
-        "uvloop": ("asyncio", {"loop_factory": UvloopLoop}),
-        "trio": ("trio", {"clock": MockClock(autojump_threshold=0)}),
-    }[request.param]
 
 
 on_asyncio_only = pytest.mark.parametrize("anyio_backend", ["asyncio", "uvloop"], indirect=True)
@@ -343,6 +334,11 @@ async def seen_by(server: str, *, leaves: bool) -> list[str]:
     return seen
 
 
+def without_lies(seen: list[str]) -> list[str]:
+    """What gunicorn would say, which says that the client has left after a wait was cancelled, if it had trio."""
+    return [*seen[: seen.index(WAITS)], *[WAITS] * 4][:4] if WAITS in seen else seen
+
+
 @pytest.mark.parametrize(
     ("server", "after_leave", "after_response"),
     [
@@ -358,6 +354,8 @@ async def seen_by(server: str, *, leaves: bool) -> list[str]:
 async def test_server_tells_of_the_leave_and_of_the_end_as_it_does(
     server: str, after_leave: list[str], after_response: list[str]
 ) -> None:
+    if on_trio():
+        after_leave, after_response = map(without_lies, (after_leave, after_response))
     assert await seen_by(server, leaves=True) == after_leave
     assert await seen_by(server, leaves=False) == after_response
 
@@ -456,7 +454,7 @@ async def test_body_that_a_cancelled_call_of_receive_was_to_bring(server: str) -
             read.append(await receive())
 
     await ask(app, server=server, content=b"body")
-    body = b"" if server in ("strict", "granian") else b"body"
+    body = b"" if server in ("strict", "granian") and not on_trio() else b"body"
     assert read == [{"type": "http.request", "body": body, "more_body": False}]
 
 

@@ -1,4 +1,4 @@
-"""Event loops whose clock jumps to the next timer as soon as nothing else is left to run: sleeping takes no time."""
+"""Virtual time: the clock jumps to the next timer as soon as nothing else is left to run, so sleeping takes no time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import heapq
 from collections.abc import Callable
 from contextvars import Context
 from itertools import count
-from typing import TYPE_CHECKING, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
+import pytest
 import uvloop
+from trio.testing import MockClock
 
 if TYPE_CHECKING:
     EventLoop = asyncio.SelectorEventLoop
@@ -82,3 +84,16 @@ class VirtualTime(EventLoop):
 # Made by type(), since the type checkers know that uvloop's methods are typed unlike asyncio's.
 AsyncioLoop: Callable[[], asyncio.AbstractEventLoop] = type("AsyncioLoop", (VirtualTime, asyncio.SelectorEventLoop), {})
 UvloopLoop: Callable[[], asyncio.AbstractEventLoop] = type("UvloopLoop", (VirtualTime, uvloop.Loop), {})
+
+BACKENDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {  # Any: anyio's own type for backend options
+    "asyncio": ("asyncio", lambda: {"loop_factory": AsyncioLoop}),
+    "uvloop": ("asyncio", lambda: {"loop_factory": UvloopLoop}),
+    "trio": ("trio", lambda: {"clock": MockClock(autojump_threshold=0)}),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def anyio_backend(request: pytest.FixtureRequest) -> object:
+    """Run the tests of a module that imports this in virtual time, with no thread or socket, whose time is real."""
+    library, options = BACKENDS[request.param]
+    return library, options()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import Literal
@@ -103,7 +104,7 @@ class Connection:
         try:
             await self.until(lambda: self._next() is not None)
             return await self._take()
-        except get_cancelled_exc_class():
+        except CancelledError:  # asyncio's, as the servers that mind have no trio
             self._interrupted = self._interrupted or self.body_consumed
             raise
         finally:
@@ -126,10 +127,10 @@ class Connection:
         self._change()
         if not self.server.takes_body_first:
             self._count_sent(len(message["body"]))
-        if self.server.loses_body_by_cancel:
+        if self.server.loses_body_by_cancel and get_cancelled_exc_class() is CancelledError:  # as above
             try:
                 await checkpoint()
-            except get_cancelled_exc_class():
+            except CancelledError:
                 self._arrived.appendleft({**message, "body": b""})
                 raise
         self.body_consumed = not message["more_body"]
