@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from contextvars import Context, ContextVar, copy_context
-from functools import lru_cache
+from collections.abc import Awaitable, Coroutine
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from anyio import (
@@ -17,115 +16,32 @@ from anyio import (
     move_on_after,
     sleep,
 )
+from anyio.lowlevel import checkpoint
+
+from ._patience import PATIENCE, latecomers
+from ._watch import Call, Watch, asyncio_task
 
 T = TypeVar("T")
-Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
-
-# Seconds. A call that ends sooner never starts the wait, and a cancellation that can't be delivered yet is tried
-# again after as long (every 10 ms would cost 2 % of a core during somebody's long shield).
-PATIENCE = 0.025
 
 
-class Watch:
-    """A wait for one event, shared by all the calls that end when it comes.
+def run(
+    watch: Watch, awaitable: Awaitable[T], *, level: bool = False, at_once: bool = False
+) -> Coroutine[Any, Any, T]:  # Any: what an `async def` returns
+    """Await `awaitable` in the caller's task; if the event comes, cancel it once and raise `error()`.
 
     Args:
-        wait: Returns when the event has come, and those who awaited it by other means have been told.
-        ended: Called when `wait()` has ended, however it ended.
-        error: Makes the exception that a cancelled call ends with.
+        watch: For the event.
+        awaitable: Any.
+        level: Cancel by level, since it is a thread that asks for `anyio.from_thread.check_cancelled()`.
+        at_once: Have the wait begin before it, on trio, where `held()` can do nothing.
     """
-
-    over = False
-    task: asyncio.Task[None] | None = None
-
-    def __init__(self, wait: Wait, ended: Callable[[], None], error: Callable[[], Exception]) -> None:
-        self.wait = wait
-        self.ended = ended
-        self.error = error
-        self.calls: set[_Call] = set()
-
-    def run(self, awaitable: Awaitable[T]) -> Coroutine[Any, Any, T]:  # Any: what an `async def` returns
-        """Await `awaitable` in the caller's task; if the event comes, cancel it once and raise `error()`."""
-        try:
-            host = asyncio.current_task()
-        except RuntimeError:
-            host = None
-        # Under trio there is no asyncio loop; in its guest mode there is one, but it runs no task just now.
-        return _TrioCall(self).run(awaitable) if host is None else _AsyncioCall(self, host).run(awaitable)
-
-    def start(self) -> bool:
-        """Wait from now on, if there is a call that needs it; return whether there is."""
-        for call in self.calls:
-            call.watch_now()
-        return bool(self.calls) and not self.over
-
-    def tell(self) -> None:
-        """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
-        call = _innermost.get()
-        while call is not None:
-            call.told = call.told or call.watch is self
-            call = call.around
-
-    def start_task(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
-        if self.task is None and not self.over:
-            self.task = loop.create_task(self._wait_and_cancel(), name="cancelonleave: watch", context=context)
-            self.task.add_done_callback(self._task_done)
-
-    async def _wait_and_cancel(self) -> None:
-        await self.wait()
-        self.over = True
-        await asyncio.sleep(0)  # an eager task (3.12) may be in a step of the host's, which must not be cancelled there
-        while due := [call for call in self.calls if not (call.told or call.cancelled)]:
-            for call in due:
-                call.cancel()
-            await asyncio.sleep(PATIENCE)
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self.ended()
-        if task is self.task:
-            self.task = None
-
-    async def stop_task(self, task: asyncio.Task[None]) -> None:
-        """Cancel the wait and see it end."""
-        self.task = None
-        while not task.done():
-            task.cancel()  # again, for a receive() that swallowed it
-            # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
-            await asyncio.wait((task,), timeout=PATIENCE)
+    host = asyncio_task()
+    call = _TrioCall(watch) if host is None else _AsyncioCall(watch, host)
+    call.level, call.at_once = level, at_once
+    return call.run(awaitable)
 
 
-class _Call:
-    """One awaitable under a watch: what asyncio and trio have in common."""
-
-    told = cancelled = ended = False
-
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
-        self.around = _innermost.get()
-        self._token = _innermost.set(self)
-        watch.calls.add(self)
-
-    def end(self) -> None:
-        self.ended = True
-        self.watch.calls.discard(self)
-        _innermost.reset(self._token)
-
-    def is_first(self) -> bool:
-        """Whether no call around this one is still to be cancelled, and this one with it."""
-        around = self.around
-        return around is None or around.watch is not self.watch or around.ended or around.told
-
-    def watch_now(self) -> None:
-        """Don't wait for the end of `PATIENCE`."""
-
-    def cancel(self) -> None:
-        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
-
-
-_innermost: ContextVar[_Call | None] = ContextVar("cancelonleave", default=None)
-
-
-class _AsyncioCall(_Call):
+class _AsyncioCall(Call):
     """Cancels exactly once, and never inside a shield.
 
     anyio cancels the task in a scope again at each turn of the event loop until it leaves the scope, so no cleanup
@@ -139,15 +55,17 @@ class _AsyncioCall(_Call):
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
-        latecomers = _latecomers(host.get_loop())
-        self._cancel_scope, self._shield = latecomers.scope_class(), latecomers.scope_class()
-        self._place = latecomers.add(self)
+        others = latecomers(host.get_loop())
+        self._cancel_scope, self._shield = others.scope_class(), others.scope_class()
+        self._place = others.add(self)
 
     async def run(self, awaitable: Awaitable[T]) -> T:
+        result: T | None = None
         try:
             with self._cancel_scope, self._shield:
                 try:
-                    return await awaitable
+                    result = await awaitable
+                    return result
                 finally:
                     self.end()
         except asyncio.CancelledError:
@@ -156,8 +74,10 @@ class _AsyncioCall(_Call):
                 raise
         finally:
             del self._host  # its exception may come to hold this frame
-            if self.watch.task is not None and not self.watch.calls:
-                await self.watch.stop_task(self.watch.task)
+            if self.watch.task is not None and not self.watch.goes_on_after(result):
+                await self.watch.stop()
+        if self.level:
+            self.watch.tell()  # calls around this one couldn't be cancelled while the thread ran
         raise self.watch.error()
 
     def end(self) -> None:
@@ -168,6 +88,10 @@ class _AsyncioCall(_Call):
         self.watch.start_task(self._host.get_loop(), self._context)
 
     def cancel(self) -> None:
+        if self.level:
+            self._cancel_scope.cancel()
+            self.cancelled = True
+            return
         if self._shield.shield or not self._cancel_scope.cancel_called:
             if not self.is_first() or self._host.cancelling() > self._base:  # somebody else is just cancelling the task
                 return
@@ -180,41 +104,10 @@ class _AsyncioCall(_Call):
         self._shield.shield = self.cancelled or not has_children
 
 
-class _Latecomers:
-    """Starts the watch of each call that still runs 25 to 50 ms after it began, by one timer for a whole loop.
-
-    A timer of its own would cost each call 2 to 4 microseconds; a place in a set costs a tenth of that.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.scope_class = type(CancelScope())  # asyncio's: anyio looks for it for longer than it takes to make one
-        self._loop = loop
-        self._new: set[_AsyncioCall] = set()
-        self._old: set[_AsyncioCall] = set()
-        self._ticking = False
-
-    def add(self, call: _AsyncioCall) -> set[_AsyncioCall]:
-        """Return the set that the call is to be discarded from when it ends."""
-        place = self._new
-        place.add(call)
-        if not self._ticking:
-            self._tick()
-        return place
-
-    def _tick(self) -> None:
-        late, self._old, self._new = self._old, self._new, set()
-        self._ticking = bool(self._old)
-        if self._ticking:
-            self._loop.call_later(PATIENCE, self._tick, context=Context())  # not that of the request that came first
-        for call in late:
-            call.watch_now()
-
-
-_latecomers = lru_cache(maxsize=16)(_Latecomers)  # by loop; where there are more loops, some calls get a timer alone
-
-
-class _TrioCall(_Call):
+class _TrioCall(Call):
     """Cancels as trio does: again and again, until the call has ended."""
+
+    _waits = False
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
@@ -229,7 +122,7 @@ class _TrioCall(_Call):
                 task_group.start_soon(self._watch)
                 try:
                     with self._cancel_scope:
-                        results.append(await awaitable)
+                        results.append(await (self._later(awaitable) if self.at_once else awaitable))
                 except get_cancelled_exc_class():
                     raise
                 except BaseException as error:  # the task group would wrap it
@@ -237,6 +130,9 @@ class _TrioCall(_Call):
                 finally:
                     self.end()
                 joining.shield = True  # nothing may take the place of the result while the watch ends
+                if self._waits and (self.watch.holds or self.watch.goes_on_after(results and results[0])):
+                    # BaseHTTPMiddleware takes some turns to pass a message on, and loses it if cancelled there.
+                    await _turns()
                 task_group.cancel_scope.cancel()
         if results:
             return results[0]
@@ -245,14 +141,24 @@ class _TrioCall(_Call):
         finally:
             del failure  # it would keep itself alive: exception, traceback, this frame
 
+    async def _later(self, awaitable: Awaitable[T]) -> T:
+        try:
+            await _turns()
+        except BaseException:
+            getattr(awaitable, "close", bool)()  # or Python warns that it was never awaited
+            raise
+        return await awaitable
+
     def watch_now(self) -> None:
         self._asked.set()
 
     async def _watch(self) -> None:
-        with move_on_after(PATIENCE):
-            await self._asked.wait()
+        if not self.at_once:
+            with move_on_after(PATIENCE):
+                await self._asked.wait()
         while not self.is_first():  # until then, what cancels the one around cancels this one
             await sleep(PATIENCE)
+        self._waits = True
         try:
             await self.watch.wait()
         finally:
@@ -260,3 +166,9 @@ class _TrioCall(_Call):
         if not self.told:
             self.cancelled = True
             self._cancel_scope.cancel()
+
+
+async def _turns() -> None:
+    """Let trio's loop turn often enough for a wait that has just begun to find out what is known already."""
+    for _ in range(20):
+        await checkpoint()

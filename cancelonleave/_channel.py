@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from asyncio import CancelledError
 from collections.abc import Callable
 from typing import cast
 
-from anyio import Event, current_effective_deadline, get_cancelled_exc_class, move_on_after
+from anyio import Event, current_effective_deadline, move_on_after
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 from starlette.types import Message, Receive, Scope
 
@@ -37,7 +38,7 @@ class Channel:
         # A client that waits for "100 Continue" gets it at the first receive(), which is left to the endpoint.
         self.invited = b"expect" not in [name for name, _ in scope.get("headers", ())]
         self._receive = receive
-        self._scope = scope
+        self._asgi = scope.get("asgi", {})
         self._kept: list[Message | Exception] = []  # at most some 250, so that taking the first is cheap
 
     async def take(self, start_watch: Callable[[], bool]) -> Message:
@@ -55,7 +56,7 @@ class Channel:
         self.change()
         try:
             while not self._kept and self.left is None:
-                changed = self._next_change()  # first: an eager task reads before start_watch() returns
+                changed = self.next_change()  # first: an eager task reads before start_watch() returns
                 await (changed.wait() if start_watch() or self._reading else self._read())
         finally:
             self._takers -= 1
@@ -81,7 +82,7 @@ class Channel:
         """Return when the client has left, and those who were reading have been told so."""
         while self.left is None:
             if self._reading or not self._may_read_ahead:
-                await self._next_change().wait()
+                await self.next_change().wait()
             else:
                 await self._read()
         while self._takers:
@@ -93,7 +94,13 @@ class Channel:
             self._changed.set()
             self._changed = None
 
-    def _next_change(self) -> Event:
+    def lose(self) -> None:
+        """Note that the client has left, as send() has said."""
+        if self.left is None:
+            self.left = {"type": "http.disconnect"}
+            self.change()
+
+    def next_change(self) -> Event:
         if self._changed is None:
             self._changed = Event()
         return self._changed
@@ -102,7 +109,7 @@ class Channel:
     def _may_read_ahead(self) -> bool:
         full = self._size >= READ_AHEAD or (bool(self._kept) and isinstance(self._kept[-1], Exception))
         # gunicorn (27, HTTP/1.1) says at once that the client has left, if a wait for that was cancelled before.
-        lies = self._interrupted and not self._takers and self._scope.get("asgi", {}).get("spec_version", "") >= "2.4"
+        lies = self._interrupted and not self._takers and self._asgi.get("spec_version", "") >= "2.4"
         return self.invited and not full and not lies
 
     async def _read(self) -> None:
@@ -110,9 +117,9 @@ class Channel:
         try:
             if self._idle:
                 with move_on_after(PAUSE):
-                    await self._next_change().wait()
+                    await self.next_change().wait()
             self._keep(await self._receive())
-        except get_cancelled_exc_class():
+        except CancelledError:  # asyncio's, as gunicorn has no trio
             self._interrupted = True
             raise
         except Exception as error:  # as 413 of max_body_size: for who reads, not for an endpoint that doesn't

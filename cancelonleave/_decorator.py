@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import time
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar, cast, overload
 from weakref import WeakSet
 
 from anyio import get_cancelled_exc_class
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Scope
+from starlette.concurrency import run_in_threadpool
 
-from ._cancellation import Watch
-from ._channel import Channel, is_cancelled
+from ._cancellation import run
 from ._exceptions import ClientClosedRequest
-from ._signature import request_parameter, takes_websocket
+from ._items import watch_items
+from ._request import OnDisconnect, is_read, is_stream, run_hook, watch
+from ._signature import RequestParameter, innermost, request_parameter, takes_websocket
+from ._streaming import watch_response
 
+T = TypeVar("T")
 # Any: of whatever arguments and result, which the type variable carries over exactly.
-EndpointT = TypeVar("EndpointT", bound=Callable[..., Awaitable[Any]])
-OnDisconnect = Callable[[Request], object]
-
-logger = logging.getLogger("cancelonleave")
+EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 _guarded: WeakSet[Callable[..., object]] = WeakSet()
 
 
@@ -37,23 +33,29 @@ def cancel_on_disconnect(
 ) -> EndpointT | Callable[[EndpointT], EndpointT]:
     """Cancel an endpoint when its client leaves.
 
-    Put it on async endpoints that are slow or expensive, below the route's own decorator; or on any async function
-    that takes a `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it, and off
-    what runs after the response: servers tell of a disconnect after each one.
+    Put it on endpoints that are slow or expensive, below the route's own decorator; or on any function that takes a
+    `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it, and off what runs
+    after the response: servers tell of a disconnect after each one.
 
     When the client leaves, the endpoint gets one cancellation. Its `finally` and `except` blocks run to their end and
     may await; a section inside `anyio.CancelScope(shield=True)` is not cut, the cancellation waits for its end. (On
     trio cancellation is level-triggered, as always there.) Then `ClientClosedRequest` is raised in its place. An
     endpoint that has its result already, or that catches the cancellation and returns, is left to deliver it.
 
+    What an endpoint streams, as a `StreamingResponse` or a generator endpoint of FastAPI's, ends as well, once its
+    generator has cleaned up; then nothing is raised, but FastAPI's dependencies with `yield` see the exception. A sync
+    endpoint runs in the framework's threads. `anyio.from_thread.check_cancelled()` raises in it once the client has
+    left; if it never asks, it runs to its end, and its result is delivered.
+
     Args:
-        endpoint: The async function. One without a parameter for the Request gets a hidden one, which FastAPI fills.
-            Called without any Request, as in a unit test, it just runs.
+        endpoint: The function. One without a parameter for the Request gets a hidden one, which FastAPI fills. Called
+            without any Request, as in a unit test, it just runs; a sync function must be awaited then.
         on_disconnect: Called with the Request after the endpoint's cleanup, when the client's leaving has ended it.
             May be async. If it fails, that is logged and the request ends as it would have.
 
     Raises:
-        TypeError: If it can't work: for a class, a generator, a sync function, or one that takes a WebSocket.
+        TypeError: If it can't work: for a class, or a function that takes a WebSocket; and when a generator is called
+            that is not the endpoint of its route, as a dependency with `yield`.
     """
     if endpoint is None:
         return functools.partial(_guard, on_disconnect=on_disconnect)
@@ -67,50 +69,100 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         return endpoint
     _refuse_what_cannot_work(endpoint)
     parameter = request_parameter(endpoint)
+    if _is(inspect.iscoroutinefunction, endpoint):
+        guarded = _guard_function(endpoint, parameter, on_disconnect)
+    elif _is(inspect.isasyncgenfunction, endpoint):
+        guarded = _guard_generator(endpoint, parameter, on_disconnect)
+    elif _is(inspect.isgeneratorfunction, endpoint):
+        guarded = _guard_generator(endpoint, parameter, on_disconnect)
+        guarded.__wrapped__ = _async_generator(guarded)
+    else:
+        guarded = _guard_function(endpoint, parameter, on_disconnect, in_thread=True)
+    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)  # as FastAPI calls it in OpenAPI
+    guarded.__signature__ = parameter.signature
+    _guarded.add(guarded)
+    return guarded
+
+
+def _guard_function(
+    endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None, *, in_thread: bool = False
+) -> Any:  # Any: as above
+    call = _in_thread(endpoint) if in_thread else endpoint
 
     @functools.wraps(endpoint)
     async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
         request = parameter.take(args, kwargs)
         if request is None:
-            return await endpoint(*args, **kwargs)
-        watched = _watched(request)
+            return await call(*args, **kwargs)
+        watched = watch(request)
+        if watched.watch.finished:  # it runs in the background of a stream that has been sent
+            return await call(*args, **kwargs)
         if not watched.channel.invited:
-            watched.channel.invited = await _is_read(request)
+            watched.channel.invited = await is_read(request)
         try:
             if watched.channel.left is not None:
                 watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
                 raise ClientClosedRequest
-            return await watched.watch.run(endpoint(*args, **kwargs))
-        except BaseException as error:
-            passes_on = isinstance(error, get_cancelled_exc_class())  # to the decorated endpoint that called this one
-            is_leave = any(call.cancelled for call in watched.watch.calls) if passes_on else _is_disconnect(error)
-            if not is_leave or watched.channel.left is None:
+            result = await run(watched.watch, call(*args, **kwargs), level=in_thread)
+        except get_cancelled_exc_class():
+            if any(call.cancelled for call in watched.watch.calls):  # the decorated endpoint that called this one
+                await run_hook(on_disconnect, request)
+            raise
+        except Exception as error:
+            if not watched.is_end(error):
                 raise
-            if not passes_on:
-                watched.log(request.scope)
-            if on_disconnect is not None:
-                await _run_hook(on_disconnect, request)
-            if passes_on or isinstance(error, ClientClosedRequest):
+            watched.log(request.scope)
+            await run_hook(on_disconnect, request)
+            if isinstance(error, ClientClosedRequest):
                 raise
             raise ClientClosedRequest from error
+        if is_stream(result):
+            watch_response(result, watched, request, on_disconnect)
+        return result
 
-    guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)  # as FastAPI calls it in OpenAPI
-    guarded.__signature__ = parameter.signature  # type: ignore[attr-defined]  # known to inspect, not to typeshed
-    _guarded.add(guarded)
     return guarded
 
 
+def _in_thread(endpoint: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
+    async def call(*args: Any, **kwargs: Any) -> T:  # Any: the endpoint's own
+        return await run_in_threadpool(endpoint, *args, **kwargs)
+
+    return call
+
+
+def _guard_generator(endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None) -> Any:  # Any: so
+    @functools.wraps(endpoint)
+    def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
+        request = parameter.take(args, kwargs)
+        items = endpoint(*args, **kwargs)
+        if request is None:
+            return items
+        if innermost(request.scope.get("endpoint", guarded)) is not innermost(guarded):
+            raise TypeError(
+                f"@cancel_on_disconnect can't guard {endpoint!r}: it is a generator, but not its route's endpoint. "
+                "Its last part may run when the response is complete. Decorate the endpoint."
+            )
+        return watch_items(items, watch(request), request, on_disconnect)
+
+    return guarded
+
+
+def _async_generator(guarded: Any) -> Any:  # Any: as above
+    """Return what FastAPI takes for the innermost function of a sync generator, to see that its items are awaited."""
+
+    @functools.wraps(guarded)
+    async def generator() -> AsyncGenerator[None]:
+        yield
+
+    del generator.__wrapped__
+    return generator
+
+
 def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
-    function = endpoint
-    if isinstance(function, functools.partial):
-        function = function.func
-    call = function if inspect.isroutine(function) else type(function).__call__
-    if inspect.isclass(function):
-        fault = "a class, which has no one call to cancel. Decorate its async methods"
-    elif inspect.isasyncgenfunction(call) or inspect.isgeneratorfunction(call):
-        fault = "a generator. Return the result, or a response, from an async function"
-    elif not inspect.iscoroutinefunction(call):
-        fault = "not async, so nothing in it can be cancelled. Make it an `async def`"
+    if inspect.isclass(endpoint):
+        fault = "a class, which has no one call to cancel. Decorate its methods"
+    elif not callable(endpoint):
+        fault = "not a function. Put the decorator right above its `def`"
     elif takes_websocket(endpoint):
         fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
     else:
@@ -118,74 +170,7 @@ def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
     raise TypeError(f"@cancel_on_disconnect can't guard {endpoint!r}: it is {fault}.")
 
 
-async def _run_hook(on_disconnect: OnDisconnect, request: Request) -> None:
-    try:
-        if inspect.isawaitable(result := on_disconnect(request)):
-            await result
-    except Exception:
-        logger.exception("on_disconnect %r failed", on_disconnect)
-
-
-class _Watched:
-    """A request's channel and the watch over it, in the place of the request's receive()."""
-
-    _logged = False
-
-    def __init__(self, receive: Receive, scope: Scope) -> None:
-        self._began = time.perf_counter()
-        self.channel = Channel(receive, scope)
-        self.watch = Watch(self.channel.watch, self.channel.change, ClientClosedRequest)
-
-    async def __call__(self) -> Message:
-        message = await self.channel.take(self.watch.start)
-        if message is self.channel.left and not is_cancelled():  # read, not just asked for by is_disconnected()
-            self.watch.tell()
-        return message
-
-    def log(self, scope: Scope) -> None:
-        if not self._logged:
-            self._logged = True
-            # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
-            route = getattr(scope.get("route"), "path", getattr(scope.get("endpoint"), "__name__", None))
-            values = {"method": scope.get("method"), "route": route, "seconds": time.perf_counter() - self._began}
-            logger.info("%(method)s %(route)s: stopped after %(seconds).3f s, the client left", values, extra=values)
-
-
-def _is_disconnect(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):  # of a task group that was reading the body
-        group = cast("BaseExceptionGroup[BaseException]", error)  # isinstance() can't tell what is in it
-        return all(_is_disconnect(each) for each in group.exceptions)
-    return isinstance(error, ClientDisconnect)
-
-
-def _watched(request: Request) -> _Watched:
-    receive = request.receive
-    if isinstance(receive, _Watched):
-        return receive
-    watched = _Watched(receive, request.scope)
-    _replace_receive(request, watched)
-    return watched
-
-
-async def _is_read(request: Request) -> bool:
-    """Whether the body was read already, as FastAPI does before it calls an endpoint that takes it."""
-
-    async def unread() -> Message:
-        raise EOFError
-
-    receive = _replace_receive(request, unread)
-    try:
-        async with aclosing(request.stream()) as stream:
-            await anext(stream)
-    except (EOFError, RuntimeError) as error:
-        return isinstance(error, RuntimeError)  # "Stream consumed", as after form()
-    finally:
-        _replace_receive(request, receive)
-    return True
-
-
-def _replace_receive(request: Request, receive: Receive) -> Receive:
-    # The one private attribute of others that we need: the endpoint, and whoever reads this request after it, must get
-    # what was read ahead. A new Request would lack the body, the form and the attributes that dependencies left here.
-    replaced, request._receive = request.receive, receive  # pyright: ignore[reportPrivateUsage]  # see above
-    return replaced
+def _is(kind: Callable[[object], bool], endpoint: Any) -> bool:  # Any: a function, partial, method or callable instance
+    function = endpoint.func if isinstance(endpoint, functools.partial) else endpoint
+    call = function if inspect.isroutine(function) else type(function).__call__
+    return kind(call) or kind(inspect.unwrap(call))

@@ -100,9 +100,12 @@ def _resolved(annotation: object, names: dict[str, object]) -> object:
         return annotation
 
 
-def _global_names(endpoint: Callable[..., object]) -> dict[str, object]:
-    """Return the globals of the function at the bottom of decorators, partials, methods and callable instances."""
+def innermost(endpoint: Any) -> Any:  # Any: all kinds of callables, and what they wrap
+    """Return the function at the bottom of decorators and partials."""
     function = inspect.unwrap(endpoint)
-    while isinstance(function, functools.partial):
-        function = inspect.unwrap(function.func)
+    return innermost(function.func) if isinstance(function, functools.partial) else function
+
+
+def _global_names(endpoint: Callable[..., object]) -> dict[str, object]:
+    function = innermost(endpoint)
     return getattr(function if inspect.isroutine(function) else type(function).__call__, "__globals__", {})

@@ -14,7 +14,9 @@ import pytest
 import trio
 from anyio.lowlevel import checkpoint
 
-from cancelonleave._cancellation import PATIENCE, Watch
+from cancelonleave._cancellation import run
+from cancelonleave._patience import PATIENCE
+from cancelonleave._watch import Watch
 from conftest import BACKENDS
 
 pytestmark = pytest.mark.anyio
@@ -52,7 +54,7 @@ class Alarm:
 
 
 def watch_for(alarm: Alarm) -> Watch:
-    return Watch(alarm.watch, alarm.unwatch, Rang)
+    return Watch(alarm.watch, alarm.unwatch, Rang, goes_on_after=lambda result: False)
 
 
 class Bench:
@@ -73,7 +75,7 @@ class Bench:
             async with anyio.create_task_group() as task_group:
                 task_group.start_soon(self.ring)
                 try:
-                    return await self.watch.run(function())
+                    return await run(self.watch, function())
                 except BaseException as error:
                     self.error = error
                 finally:
@@ -98,7 +100,7 @@ async def test_a_call_that_ends_soon_never_starts_the_wait() -> None:
         await checkpoint()
         return "result"
 
-    assert await watch_for(alarm).run(call()) == "result"
+    assert await run(watch_for(alarm), call()) == "result"
     assert alarm.watched == 0
 
 
@@ -109,7 +111,7 @@ async def test_a_call_that_lasts_is_watched_and_the_wait_ends_with_it() -> None:
         await anyio.sleep(PATIENCE * 3)
         return "result"
 
-    assert await watch_for(alarm).run(call()) == "result"
+    assert await run(watch_for(alarm), call()) == "result"
     assert (alarm.watched, alarm.unwatched) == (1, 1)
 
 
@@ -122,7 +124,7 @@ async def test_the_wait_starts_at_once_for_a_call_that_asks() -> None:
         await checkpoint()
         return f"{bench.alarm.watched} watched"
 
-    assert await bench.watch.run(call()) in ("0 watched", "1 watched")
+    assert await run(bench.watch, call()) in ("0 watched", "1 watched")
     assert not bench.watch.start()
 
 
@@ -229,7 +231,7 @@ async def test_an_exception_group_stays_as_it_is() -> None:
         raise group
 
     with pytest.raises(BaseExceptionGroup) as raised:
-        await watch_for(Alarm()).run(call())
+        await run(watch_for(Alarm()), call())
     assert raised.value is group
 
 
@@ -241,7 +243,7 @@ async def test_one_who_was_told_is_not_cancelled_on_top() -> None:
         async def within() -> None:
             bench.watch.tell()
 
-        await other.run(within())
+        await run(other, within())
         await anyio.sleep(PATIENCE * 6)
         return "result"
 
@@ -259,7 +261,7 @@ async def test_calls_within_a_call_are_cancelled_by_way_of_it() -> None:
 
     async def call() -> None:
         try:
-            await bench.watch.run(inner())
+            await run(bench.watch, inner())
         except anyio.get_cancelled_exc_class():
             bench.seen.append("passed on")
             raise
@@ -273,7 +275,7 @@ async def test_a_call_that_outlives_the_one_around_it_is_cancelled_by_itself() -
 
     async def inner() -> None:
         with pytest.raises(Rang):
-            await bench.watch.run(bench.sleep())
+            await run(bench.watch, bench.sleep())
 
     with anyio.fail_after(5):
         async with anyio.create_task_group() as task_group:
@@ -283,7 +285,7 @@ async def test_a_call_that_outlives_the_one_around_it_is_cancelled_by_itself() -
                 await anyio.sleep(PATIENCE * 2)
 
             task_group.start_soon(bench.ring)
-            await bench.watch.run(call())
+            await run(bench.watch, call())
     assert bench.seen == ["cancelled"]
 
 
@@ -292,7 +294,7 @@ async def test_a_call_within_one_who_was_told_is_cancelled_by_itself() -> None:
 
     async def inner() -> None:
         with pytest.raises(Rang):
-            await bench.watch.run(bench.sleep())
+            await run(bench.watch, bench.sleep())
 
     async def call() -> str:
         async with anyio.create_task_group() as task_group:
@@ -309,7 +311,7 @@ async def test_a_scope_around_keeps_its_cancellation() -> None:
     bench = Bench()
     with anyio.fail_after(5):
         with anyio.move_on_after(PATIENCE * 3) as scope:
-            await bench.watch.run(bench.sleep())
+            await run(bench.watch, bench.sleep())
         assert scope.cancelled_caught
     assert bench.seen == ["cancelled"]
 
@@ -330,7 +332,7 @@ async def test_a_timeout_of_asyncio_around_keeps_its_cancellation() -> None:
     bench = Bench()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(PATIENCE * 2):
-            await bench.watch.run(bench.sleep())
+            await run(bench.watch, bench.sleep())
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
@@ -377,7 +379,7 @@ async def test_a_cancellation_from_outside_while_the_wait_is_being_joined_is_pas
     async def call() -> None:
         await asyncio.sleep(PATIENCE * 3)
 
-    task = asyncio.create_task(watch_for(Slow()).run(call()))
+    task = asyncio.create_task(run(watch_for(Slow()), call()))
     await asyncio.wait([task], timeout=5)
     assert task.cancelled()
     await asyncio.sleep(PATIENCE * 2)
@@ -413,7 +415,7 @@ async def test_a_sweep_over_all_tasks_is_not_the_event() -> None:
         await asyncio.sleep(PATIENCE * 3)
         return "result"
 
-    assert await bench.watch.run(call()) == "result"
+    assert await run(bench.watch, call()) == "result"
     assert not bench.watch.over
 
 
@@ -430,7 +432,7 @@ async def test_a_wait_that_swallows_a_cancellation_is_cancelled_again() -> None:
 
     alarm = Deaf()
     with anyio.fail_after(5):
-        await watch_for(alarm).run(call())
+        await run(watch_for(alarm), call())
     assert (alarm.watched, alarm.unwatched) == (2, 1)
 
 
@@ -446,7 +448,7 @@ async def test_the_wait_runs_in_the_context_of_the_call_and_holds_no_other() -> 
 
     async def call(own: str, duration: float) -> None:
         name.set(own)
-        await watch_for(Curious()).run(asyncio.sleep(duration))
+        await run(watch_for(Curious()), asyncio.sleep(duration))
 
     async with asyncio.TaskGroup() as task_group:
         task_group.create_task(call("first", PATIENCE / 5))
@@ -504,7 +506,7 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
     gc.disable()
     try:
         watch = watch_for(Alarm())
-        await watch.run(call())
+        await run(watch, call())
         gone = weakref.ref(watch)
         del watch
         await asyncio.sleep(PATIENCE * 3)

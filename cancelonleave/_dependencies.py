@@ -1,0 +1,32 @@
+"""Has FastAPI's dependencies with `yield` see that the client left while the response was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from starlette.types import Scope
+
+from ._exceptions import ClientClosedRequest
+
+
+def tell_dependencies(scope: Scope, is_cut: Callable[[], bool]) -> None:
+    """Have what FastAPI exits after the response see `ClientClosedRequest`, if `is_cut()` by then.
+
+    To raise it won't do: once the response has started, both frameworks turn it into a RuntimeError, which the server
+    logs. The stack of these dependencies is FastAPI's own (from 0.118 on); without it, they see nothing of the leave.
+    """
+    stack: AsyncExitStack | None = scope.get("fastapi_inner_astack")
+    if stack is None:
+        return
+    dependencies = stack.pop_all()
+
+    async def leave(
+        kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        if error is None and is_cut():
+            kind, error = ClientClosedRequest, ClientClosedRequest()
+        return await dependencies.__aexit__(kind, error, traceback)
+
+    stack.push_async_exit(leave)

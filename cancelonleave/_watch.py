@@ -1,0 +1,177 @@
+"""A wait for one event, shared by all the calls that end when it comes; knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from contextvars import Context, ContextVar, copy_context
+from typing import Any
+
+from ._patience import PATIENCE, latecomers
+
+Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
+
+
+class Watch:
+    """A wait for one event, shared by all the calls that end when it comes.
+
+    Args:
+        wait: Returns when the event has come, and those who awaited it by other means have been told.
+        ended: Called when `wait()` has ended, however it ended.
+        error: Makes the exception that a cancelled call ends with.
+        goes_on_after: Says of a call's result whether the wait, once begun, is to go on without a call, until there is
+            another, or somebody calls `stop()` or `drop()`. (On trio a wait can't outlive its call.)
+    """
+
+    holds = 0
+    over = finished = False
+    task: asyncio.Task[None] | None = None
+
+    def __init__(
+        self,
+        wait: Wait,
+        ended: Callable[[], None],
+        error: Callable[[], Exception],
+        goes_on_after: Callable[[object], bool],
+    ) -> None:
+        self.wait = wait
+        self.ended = ended
+        self.error = error
+        self.goes_on_after = goes_on_after
+        self.calls: set[Member] = set()
+
+    def start(self) -> bool:
+        """Wait from now on, if there is a call that needs it; return whether there is."""
+        for call in self.calls:
+            call.watch_now()
+        return bool(self.calls) and not self.over
+
+    def tell(self) -> None:
+        """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
+        call = innermost.get()
+        while call is not None:
+            call.told = call.told or call.watch is self
+            call = call.around
+
+    def held(self) -> Hold:
+        """Have the wait go on between calls within the block; it is told if that can be done: on trio it can't."""
+        return Hold(self)
+
+    def finish(self) -> None:
+        """From now on the event means nothing to any call."""
+        self.over = self.finished = True
+        for call in self.calls:
+            call.told = True
+
+    async def stop(self) -> None:
+        """End the wait, if no call needs it."""
+        if self.task is not None and not self.calls:
+            await self._stop_task(self.task)
+
+    def drop(self) -> None:
+        """End a wait that went on without a call, from anywhere, as from a finalizer."""
+        if self.task is not None and not self.calls:
+            with suppress(RuntimeError):  # the event loop is closed
+                self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+
+    def start_task(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        if self.task is None and not self.over:
+            self.task = loop.create_task(self._wait_and_cancel(), name="cancelonleave: watch", context=context)
+            self.task.add_done_callback(self._task_done)
+
+    async def _wait_and_cancel(self) -> None:
+        await self.wait()
+        self.over = True
+        await asyncio.sleep(0)  # an eager task (3.12) may be in a step of the host's, which must not be cancelled there
+        while due := [call for call in self.calls if not (call.told or call.cancelled)]:
+            for call in due:
+                call.cancel()
+            await asyncio.sleep(PATIENCE)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self.ended()
+        if task is self.task:
+            self.task = None
+
+    async def _stop_task(self, task: asyncio.Task[None]) -> None:
+        """Cancel the wait and see it end."""
+        self.task = None
+        while not task.done():
+            task.cancel()  # again, for a receive() that swallowed it
+            # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
+            await asyncio.wait((task,), timeout=PATIENCE)
+
+
+class Member:
+    """What needs a watch."""
+
+    told = cancelled = False
+
+    def watch_now(self) -> None:
+        """Don't wait for the end of `PATIENCE`."""
+
+    def cancel(self) -> None:
+        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
+
+
+class Call(Member):
+    """One awaitable under a watch: what asyncio and trio have in common."""
+
+    ended = level = at_once = False
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.around = innermost.get()
+        self._token = innermost.set(self)
+        watch.calls.add(self)
+
+    def end(self) -> None:
+        self.ended = True
+        self.watch.calls.discard(self)
+        innermost.reset(self._token)
+
+    def is_first(self) -> bool:
+        """Whether no call around this one is still to be cancelled, and this one with it."""
+        around = self.around
+        return around is None or around.watch is not self.watch or around.ended or around.told
+
+
+innermost: ContextVar[Call | None] = ContextVar("cancelonleave", default=None)
+
+
+class Hold(Member):
+    """Stands for the calls to come, so that receive() isn't interrupted by the end of each."""
+
+    told = True
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    async def __aenter__(self) -> bool:
+        self._watch.holds += 1
+        host = asyncio_task()
+        if host is None:
+            return False
+        self._context = copy_context()
+        self._loop = host.get_loop()
+        self._watch.calls.add(self)
+        self._place = latecomers(self._loop).add(self)
+        return True
+
+    def watch_now(self) -> None:
+        self._watch.start_task(self._loop, self._context)
+
+    async def __aexit__(self, *error: object) -> None:
+        self._watch.holds -= 1
+        if self in self._watch.calls:
+            self._watch.calls.discard(self)
+            self._place.discard(self)
+            await self._watch.stop()
+
+
+def asyncio_task() -> asyncio.Task[Any] | None:  # Any: whatever it returns
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # under trio; in its guest mode there is an asyncio loop, but it runs no task just now
+        return None
