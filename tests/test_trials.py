@@ -10,24 +10,36 @@ from collections.abc import Callable
 import pytest
 from starlette.types import Message
 
+import stream_trials
 import trials
-from cancelonleave import _cancellation, _channel
-from trials import BACKENDS, BrokenPromise, run_trials
+from cancelonleave import _cancellation, _channel, _items, _streaming, _watch
+from trial import BrokenPromise, run_trials
+from trials import run_trial
+from virtual import BACKENDS
 
 TRIALS = 3000
+STREAM_TRIALS = 2000
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_random_request_breaks_a_promise(backend: str) -> None:
-    run_trials(backend, range(TRIALS))
+    run_trials(run_trial, backend, range(TRIALS))
+
+
+# Cancelled from outside, BaseHTTPMiddleware leaves a generator of its own to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Async generator 'starlette.middleware.base:ResourceWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_random_stream_breaks_a_promise(backend: str) -> None:
+    run_trials(stream_trials.run_trial, backend, range(STREAM_TRIALS))
 
 
 def test_as_many_as_you_like_can_be_run_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["trials.py", "--backend", "trio", "--trials", "5", "--seed", "7"])
-    runpy.run_path(trials.__file__, run_name="__main__")
-    assert capsys.readouterr().out == "5 trials on trio: no fault\n"
+    for path in (trials.__file__, stream_trials.__file__):
+        monkeypatch.setattr(sys, "argv", [path, "--backend", "trio", "--trials", "5", "--seed", "7"])
+        runpy.run_path(path, run_name="__main__")
+        assert capsys.readouterr().out == "5 trials on trio: no fault\n"
 
 
 def eats_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,9 +62,7 @@ def cancels_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __exit__(self, *error: object) -> None: ...
 
-    def without_shield(
-        call: _cancellation._AsyncioCall, watch: _cancellation.Watch, host: asyncio.Task[object]
-    ) -> None:
+    def without_shield(call: _cancellation._AsyncioCall, watch: _watch.Watch, host: asyncio.Task[object]) -> None:
         create(call, watch, host)
         monkeypatch.setattr(call, "_shield", Unshielded())
 
@@ -62,9 +72,7 @@ def cancels_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def takes_a_cancellation_from_outside_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     create = _cancellation._AsyncioCall.__init__
 
-    def count_from_100(
-        call: _cancellation._AsyncioCall, watch: _cancellation.Watch, host: asyncio.Task[object]
-    ) -> None:
+    def count_from_100(call: _cancellation._AsyncioCall, watch: _watch.Watch, host: asyncio.Task[object]) -> None:
         create(call, watch, host)
         call._base = 100
 
@@ -72,17 +80,17 @@ def takes_a_cancellation_from_outside_for_its_own(monkeypatch: pytest.MonkeyPatc
 
 
 def leaves_its_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def stop(self: _cancellation.Watch, task: asyncio.Task[None]) -> None:
+    async def stop(self: _watch.Watch, task: asyncio.Task[None]) -> None:
         pass
 
-    monkeypatch.setattr(_cancellation.Watch, "stop_task", stop)
+    monkeypatch.setattr(_watch.Watch, "_stop_task", stop)
 
 
 def tells_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tell(self: _cancellation.Watch) -> None:
+    def tell(self: _watch.Watch) -> None:
         pass
 
-    monkeypatch.setattr(_cancellation.Watch, "tell", tell)
+    monkeypatch.setattr(_watch.Watch, "tell", tell)
 
 
 def cancels_inside_shields(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +116,7 @@ def test_the_trials_find_a_variant_that(
 ) -> None:
     breaks(monkeypatch)
     with pytest.raises(BrokenPromise, match="seed"):
-        run_trials("asyncio", range(TRIALS))
+        run_trials(run_trial, "asyncio", range(TRIALS))
 
 
 @pytest.mark.parametrize("breaks", [eats_a_chunk, tells_twice])
@@ -117,4 +125,64 @@ def test_the_trials_on_trio_find_a_variant_that(
 ) -> None:
     breaks(monkeypatch)
     with pytest.raises(BrokenPromise, match="seed"):
-        run_trials("trio", range(TRIALS))
+        run_trials(run_trial, "trio", range(TRIALS))
+
+
+def does_not_close_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def close(iterator: object) -> None:
+        pass
+
+    monkeypatch.setattr(_streaming, "close", close)
+
+
+def takes_the_end_of_a_response_for_a_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish(self: _watch.Watch) -> None:
+        pass
+
+    monkeypatch.setattr(_watch.Watch, "finish", finish)
+
+
+def lets_a_response_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def listen(self: _streaming._Body) -> Message:
+        return await self.request.receive()
+
+    monkeypatch.setattr(_streaming._Body, "_listen", listen)
+
+
+def interrupts_receive_between_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def enter(self: _watch.Hold) -> bool:
+        return False
+
+    monkeypatch.setattr(_watch.Hold, "__aenter__", enter)
+    monkeypatch.setattr(_watch.Hold, "__aexit__", _watch.Watch.stop)
+
+
+def reports_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def report(self: _items.Stream) -> None:
+        self.watched._logged = False
+        await original(self)
+        self.hooks.append(None)
+
+    original = _items.Stream.report
+    monkeypatch.setattr(_items.Stream, "report", report)
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        does_not_close_generators,
+        takes_the_end_of_a_response_for_a_leave,
+        lets_a_response_listen,
+        interrupts_receive_between_items,
+        reports_each_piece,
+        cancels_again_and_again,
+        cancels_inside_shields,
+        eats_a_chunk,
+    ],
+)
+def test_the_trials_of_streams_find_a_variant_that(
+    breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks(monkeypatch)
+    with pytest.raises(BrokenPromise, match="seed"):
+        run_trials(stream_trials.run_trial, "asyncio", range(STREAM_TRIALS))

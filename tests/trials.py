@@ -5,62 +5,32 @@ Run a million of them with `python tests/trials.py --backend asyncio --trials 10
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import logging
 import math
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast  # cast: isinstance() can't tell what is in a group
 
 import anyio
-import trio
-import trio.testing
 from anyio.lowlevel import checkpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
-from virtual import AsyncioLoop, UvloopLoop
-
-BACKENDS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {  # Any: anyio's own type for backend options
-    "asyncio": ("asyncio", lambda: {"loop_factory": AsyncioLoop}),
-    "uvloop": ("asyncio", lambda: {"loop_factory": UvloopLoop}),
-    "trio": ("trio", lambda: {"clock": trio.testing.MockClock(autojump_threshold=0)}),
-}
-
-# All times are in milliseconds of virtual time, on a coarse grid, so that many things happen in the same instant.
-GRID = (0, 1, 5, 10, 20, 25, 30, 50, 60, 75, 100, 150)
-STARTED = 50  # a watch is on by then
-LATE = 30  # a cancellation that had to wait for something is delivered this much after it, at the latest
+from trial import CUT, GRID, LATE, STARTED, BrokenPromise, Server, Traffic, living_tasks, main, recorded
 
 TIMEOUTS = ("move_on_after", "fail_after", "timeout")
-
-CUT = "receive() was cancelled and called again while body may come"
 
 Step = tuple[Any, ...]  # Any: the name of a step, its numbers, and steps inside it
 
 
-class BrokenPromise(AssertionError):
-    """A promise was broken."""
-
-
 @dataclass
-class Plan:
-    """One random request: its body, its client, its server, its endpoint, and what interferes from outside."""
+class Plan(Traffic):
+    """One random request: its traffic, its endpoint, and what interferes from outside."""
 
-    seed: int
-    native: bool
-    chunks: list[tuple[float, bytes]]
-    final_is_empty: bool
-    leave: int | None
-    once: bool
-    drops_body: bool
-    checkpoints: bool
     outside: tuple[str, float] | None
     steps: list[Step]
 
@@ -141,62 +111,6 @@ class Planner:
                 return kind, self.steps(depth - 1, child=child)
             case _:
                 return (kind,)
-
-
-class Server:
-    """Gives the messages of a plan at their times, and notes how it should not have been called."""
-
-    def __init__(self, plan: Plan, began: float) -> None:
-        self.plan = plan
-        self.began = began
-        self.faults: list[str] = []
-        self.receiving = self.interrupted = self.told = False
-        last = len(plan.chunks) - 1
-        self.messages: list[tuple[float, Message]] = [
-            (time, {"type": "http.request", "body": data, "more_body": index < last or plan.final_is_empty})
-            for index, (time, data) in enumerate(plan.chunks)
-        ]
-        if plan.final_is_empty or not plan.chunks:
-            self.messages.append((plan.chunks[-1][0] if plan.chunks else 0, {"type": "http.request", "body": b""}))
-
-    @property
-    def now(self) -> float:
-        return round((anyio.current_time() - self.began) * 1000, 3)
-
-    @property
-    def gone(self) -> bool:
-        return self.plan.leave is not None and self.plan.leave <= self.now
-
-    async def receive(self) -> Message:
-        self.faults += ["receive() was called by two at once"] * self.receiving
-        self.faults += [CUT] * bool(self.interrupted and self.messages)
-        self.receiving = self.interrupted = True
-        try:
-            if self.plan.checkpoints:
-                await checkpoint()
-            while (message := self._next()) is None:
-                times = [time for time, _ in self.messages[:1]]
-                if self.plan.leave is not None:
-                    times.append(self.plan.leave)
-                later = [time for time in times if time > self.now]
-                await (anyio.sleep_until(self.began + min(later) / 1000) if later else anyio.sleep_forever())
-            self.interrupted = False
-            return message
-        finally:
-            self.receiving = False
-
-    def _next(self) -> Message | None:
-        if self.gone and self.plan.drops_body:
-            self.messages.clear()
-        if self.messages:
-            time = self.messages[0][0]
-            if time <= self.now and (self.plan.leave is None or time <= self.plan.leave):
-                return self.messages.pop(0)[1]
-        if self.gone and not (self.told and self.plan.once):
-            self.messages.clear()
-            self.told = True
-            return {"type": "http.disconnect"}
-        return None
 
 
 @dataclass(frozen=True)
@@ -569,19 +483,6 @@ def compare(world: World, plain: World) -> None:
     )
 
 
-class Records(logging.Handler):
-    """Counts the records of a logger."""
-
-    number = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.number += 1
-
-
-def living_tasks(*, native: bool) -> int:
-    return len(asyncio.all_tasks()) if native else trio.lowlevel.current_statistics().tasks_living
-
-
 async def run_trial(seed: int, unhandled: list[dict[str, Any]], *, native: bool) -> None:  # Any: asyncio's own type
     """Run one trial; `unhandled` is where the event loop collects what nobody has handled.
 
@@ -590,14 +491,8 @@ async def run_trial(seed: int, unhandled: list[dict[str, Any]], *, native: bool)
     """
     plan = Planner(seed, native=native).plan()
     tasks = living_tasks(native=native)
-    records = Records()
-    logger = logging.getLogger("cancelonleave")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(records)
-    try:
+    with recorded() as records:
         world = await run_plan(plan, decorated=True)
-    finally:
-        logger.removeHandler(records)
     world.require(world.gathers or not world.left_behind, "a task was left behind")
     world.require(living_tasks(native=native) == tasks, "a task was left behind for good")
     if world.left_behind:  # gather's leftover may have gone on to call a decorated function
@@ -616,34 +511,5 @@ async def run_trial(seed: int, unhandled: list[dict[str, Any]], *, native: bool)
         raise BrokenPromise("\n".join([f"seed {seed}", *world.faults, repr(plan), *map(str, world.trace)]))
 
 
-def run_trials(backend: str, seeds: Iterable[int]) -> None:
-    """Run trials one after the other in virtual time.
-
-    Raises:
-        BrokenPromise: For the first that failed, with its seed.
-    """
-    library, options = BACKENDS[backend]
-    unhandled: list[dict[str, Any]] = []  # Any: asyncio's own type
-
-    async def main() -> None:
-        native = library == "asyncio"
-        if native:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
-        for seed in seeds:
-            await run_trial(seed, unhandled, native=native)
-
-    anyio.run(main, backend=library, backend_options=options())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", choices=BACKENDS, default="asyncio")
-    parser.add_argument("--trials", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first trial; each has the next number")
-    arguments = parser.parse_args()
-    run_trials(arguments.backend, range(arguments.seed, arguments.seed + arguments.trials))
-    print(f"{arguments.trials} trials on {arguments.backend}: no fault")
-
-
 if __name__ == "__main__":
-    main()
+    main(run_trial)
