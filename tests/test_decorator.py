@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ast
 import gc
 import logging
 import pickle
@@ -355,7 +354,7 @@ async def test_the_seconds_in_the_log_are_those_of_the_request(records: list[log
             await helper(request)
 
     await ask(app_of(endpoint), leave_after=0.1)
-    assert [vars(record)["seconds"] >= 0.1 for record in records] == [True]
+    assert [vars(record)["seconds"] > 0.05 for record in records] == [True]
 
 
 async def test_background_tasks_run_to_their_end_though_servers_tell_of_a_disconnect_after_the_answer() -> None:
@@ -428,9 +427,6 @@ def test_the_exception_is_of_both_kinds_and_can_be_pickled() -> None:
     assert str(error) == "499: Client Closed Request"
 
 
-def sync(request: Request) -> None: ...
-
-
 async def websocket(socket: WebSocket) -> None: ...
 
 
@@ -439,9 +435,6 @@ async def unannotated(websocket) -> None: ...  # type: ignore[no-untyped-def]  #
 
 REFUSED: list[tuple[Any, str, str]] = [  # Any: what the type checkers refuse as well
     (Endpoint, "a class", "methods"),
-    (Request.stream, "a generator", "response"),
-    (ast.walk, "a generator", "response"),
-    (sync, "not async", "async def"),
     (websocket, "WebSocket", "WebSocketDisconnect"),
     (unannotated, "WebSocket", "WebSocketDisconnect"),
 ]
@@ -459,5 +452,5 @@ def test_what_cannot_work_is_refused_with_the_way_out(endpoint: Any, fault: str,
 
 
 def test_what_is_not_callable_is_refused() -> None:
-    with pytest.raises(TypeError, match="not async"):
+    with pytest.raises(TypeError, match="not a function"):
         cancel_on_disconnect("endpoint")  # type: ignore[call-overload]  # just that

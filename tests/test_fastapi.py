@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import anyio
 import pytest
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from sse_starlette.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
@@ -430,3 +431,104 @@ async def test_log_names_the_template_of_the_route(caplog: pytest.LogCaptureFixt
         "/items/{item_id}",
         "/shops/{shop}/items/{item_id}",
     ]
+
+
+class Transactions:
+    """Dependencies with `yield` of both colours, and how they end."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    async def transaction(self) -> AsyncIterator[None]:
+        try:
+            yield
+        except ClientClosedRequest:
+            self.ends.append("rollback")
+            raise
+        self.ends.append("commit")
+
+    def sync_transaction(self) -> Iterator[None]:
+        try:
+            yield
+        except ClientClosedRequest:
+            self.ends.append("sync rollback")
+            raise
+        self.ends.append("sync commit")
+
+    def app(self, idle: anyio.Event, wait: float, kind: Callable[..., Response]) -> FastAPI:
+        app = FastAPI(dependencies=[Depends(self.transaction), Depends(self.sync_transaction)])
+
+        @app.get("/")
+        @cancel_on_disconnect
+        async def stream(tasks: BackgroundTasks) -> Response:
+            async def pieces() -> AsyncIterator[str]:
+                yield "piece"
+                idle.set()
+                await anyio.sleep(wait)
+
+            tasks.add_task(self.ends.append, "background")
+            return kind(pieces())
+
+        return app
+
+
+STREAMS = pytest.mark.parametrize("kind", [StreamingResponse, EventSourceResponse])
+
+
+@STREAMS
+async def test_dependencies_roll_back_when_the_client_leaves_a_stream(kind: Callable[..., Response]) -> None:
+    transactions, idle = Transactions(), anyio.Event()
+    client = Client(transactions.app(idle, 60, kind), unchecked={"tasks left behind": "sse-starlette has one for ever"})
+    exchange = await client.get("/", leave_when=idle)
+    assert exchange.error is None
+    assert transactions.ends == ["background", "sync rollback", "rollback"]
+
+
+@STREAMS
+async def test_dependencies_commit_when_a_stream_is_whole(kind: Callable[..., Response]) -> None:
+    transactions = Transactions()
+    client = Client(transactions.app(anyio.Event(), 0.06, kind), unchecked={"tasks left behind": "as above"})
+    exchange = await client.get("/")
+    assert exchange.complete
+    assert transactions.ends == ["background", "sync commit", "commit"]
+
+
+async def test_an_error_of_a_dependency_that_rolls_back_is_passed_on() -> None:
+    async def transaction() -> AsyncIterator[None]:
+        try:
+            yield
+        except ClientClosedRequest:
+            raise ZeroDivisionError from None
+
+    idle = anyio.Event()
+    app = Transactions().app(idle, 60, StreamingResponse)
+    app.router.dependencies.clear()
+    outer = FastAPI(dependencies=[Depends(transaction)])
+    outer.include_router(app.router)
+    exchange = await Client(outer).get("/", leave_when=idle)
+    assert isinstance(exchange.error, ZeroDivisionError)
+
+
+async def test_dependencies_see_an_error_of_the_stream_itself() -> None:
+    seen: list[BaseException] = []
+
+    async def transaction() -> AsyncIterator[None]:
+        try:
+            yield
+        except ZeroDivisionError as error:
+            seen.append(error)
+            raise
+
+    app = FastAPI(dependencies=[Depends(transaction)])
+
+    @app.get("/")
+    @cancel_on_disconnect
+    async def stream() -> Response:
+        async def pieces() -> AsyncIterator[str]:
+            yield "piece"
+            raise ZeroDivisionError
+
+        return StreamingResponse(pieces())
+
+    exchange = await Client(app).get("/")
+    assert seen == [exchange.error]

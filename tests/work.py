@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,10 @@ async def ask(app: ASGIApp, path: str = "/", method: str = "GET", **options: Any
     exchange = await Client(app).request(method, path, **options)
     assert exchange.error is None, exchange
     return exchange
+
+
+def on_trio() -> bool:
+    return anyio.get_cancelled_exc_class() is not CancelledError
 
 
 def sent(exchange: Exchange) -> list[Mapping[str, object]]:

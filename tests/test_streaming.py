@@ -1,0 +1,474 @@
+"""Streams: what a response sends piece by piece ends when the client leaves, and only then."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+from sse_starlette.sse import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import Unpack
+
+from cancelonleave import cancel_on_disconnect
+from cancelonleave.testing import SERVERS, Client, Exchange, Options
+from virtual import anyio_backend as anyio_backend
+from work import LONGER_THAN_PATIENCE, on_trio
+
+pytestmark = pytest.mark.anyio
+
+ALL_SERVERS = ("strict", *SERVERS)
+KINDS = (StreamingResponse, EventSourceResponse)
+IDLE = 60  # seconds: as a stream whose upstream has nothing to say
+
+
+class Stream:
+    """A stream that says one thing, and then waits; it notes what becomes of it."""
+
+    def __init__(self, *, pieces: int = 1, wait: float = IDLE) -> None:
+        self.events: list[str] = []
+        self.idle = anyio.Event()
+        self.pieces = pieces
+        self.wait = wait
+
+    async def __call__(self) -> AsyncGenerator[str]:
+        try:
+            for number in range(self.pieces):
+                yield str(number)
+            self.idle.set()
+            await anyio.sleep(self.wait)
+            yield "last"
+        except anyio.get_cancelled_exc_class():
+            self.events.append("cancelled")
+            raise
+        except GeneratorExit:
+            self.events.append("closed")
+            raise
+        finally:
+            self.events.append("cleaning up")
+            with anyio.CancelScope(shield=on_trio()):
+                await checkpoint()
+                await anyio.sleep(0.01)
+            self.events.append("clean")
+
+    async def after(self) -> None:
+        self.events.append("background")
+        await anyio.sleep(LONGER_THAN_PATIENCE)
+        self.events.append("background done")
+
+    def on_disconnect(self, request: Request) -> None:
+        self.events.append("on_disconnect")
+
+
+def application(endpoint: Callable[[Request], Awaitable[Response]], *middleware: Middleware) -> Starlette:
+    return Starlette(routes=[Route("/", endpoint, methods=["GET", "POST"])], middleware=middleware)
+
+
+def streaming(stream: Stream, kind: type[Response] = StreamingResponse) -> Callable[[Request], Awaitable[Response]]:
+    @cancel_on_disconnect(on_disconnect=stream.on_disconnect)
+    async def endpoint(request: Request) -> Response:
+        return kind(stream(), background=BackgroundTask(stream.after))
+
+    return endpoint
+
+
+def client_of(app: ASGIApp, server: str = "strict") -> Client:
+    return Client(app, server=server, unchecked={"tasks left behind": "sse-starlette has one for the whole process"})
+
+
+async def ask(app: ASGIApp, *, server: str = "strict", method: str = "GET", **options: Unpack[Options]) -> Exchange:
+    exchange = await client_of(app, server).request(method, "/", **options)
+    assert exchange.error is None, exchange
+    return exchange
+
+
+CUT = ["cancelled", "cleaning up", "clean", "on_disconnect", "background", "background done"]
+
+
+@pytest.mark.parametrize("server", ALL_SERVERS)
+async def test_an_idle_stream_stops_when_its_client_leaves(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cancelonleave")
+    stream = Stream()
+    exchange = await ask(application(streaming(stream)), server=server, leave_when=stream.idle)
+    assert stream.events == CUT
+    assert exchange.status == 200
+    assert exchange.body == b"0"
+    assert not exchange.complete
+    assert [record.name for record in caplog.records] == ["cancelonleave"]
+
+
+@pytest.mark.parametrize("server", ALL_SERVERS)
+async def test_a_response_that_listens_by_itself_stops_as_well(server: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "cancelonleave")
+    stream = Stream()
+    exchange = await ask(application(streaming(stream, EventSourceResponse)), server=server, leave_when=stream.idle)
+    assert sorted(stream.events) == sorted(CUT)
+    assert stream.events[:3] == ["cancelled", "cleaning up", "clean"]
+    assert exchange.status == 200
+    assert [record.name for record in caplog.records] == ["cancelonleave"]
+
+
+async def test_undecorated_an_idle_stream_goes_unnoticed_on_asgi_2_4() -> None:
+    stream = Stream()
+
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(stream())
+
+    client = Client(application(endpoint), server="gunicorn", timeout=0.2)
+    with pytest.raises(AssertionError, match=r"still ran 0\.2 s after the client left"):
+        await client.get("/", leave_when=stream.idle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("server", ALL_SERVERS)
+async def test_a_stream_that_is_just_sending_is_closed_when_its_client_leaves(
+    kind: type[Response], server: str
+) -> None:
+    stream = Stream(pieces=100)
+    exchange = await ask(application(streaming(stream, kind)), server=server, leave_after_received=50)
+    ends = [event for event in stream.events if event in {"cancelled", "closed"}]
+    assert len(ends) == 1
+    assert stream.events.count("clean") == stream.events.count("on_disconnect") == 1
+    assert stream.events.count("background done") == 1
+    assert not exchange.complete
+
+
+@pytest.mark.parametrize("server", ALL_SERVERS)
+@pytest.mark.parametrize("delay", [0, LONGER_THAN_PATIENCE])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_stream_whose_client_stays_is_as_undecorated(kind: type[Response], delay: float, server: str) -> None:
+    def application_of(stream: Stream, *, decorated: bool) -> Starlette:
+        async def endpoint(request: Request) -> Response:
+            await anyio.sleep(delay)
+            return kind(stream(), 202, {"x-own": "1"}, background=BackgroundTask(stream.after))
+
+        return application(cancel_on_disconnect(endpoint) if decorated else endpoint)
+
+    streams = [Stream(pieces=3, wait=delay), Stream(pieces=3, wait=delay)]
+    exchanges = [
+        await ask(application_of(stream, decorated=decorated), server=server)
+        for stream, decorated in zip(streams, (True, False), strict=True)
+    ]
+    decorated, plain = ([sent.message for sent in exchange.messages] for exchange in exchanges)
+    assert decorated == plain
+    assert streams[0].events == streams[1].events
+    assert streams[0].events == ["cleaning up", "clean", "background", "background done"]
+
+
+async def test_a_leave_before_the_response_has_started_ends_it_as_that_of_an_endpoint() -> None:
+    stream = Stream()
+    gone = anyio.Event()
+
+    @cancel_on_disconnect
+    async def decorated(request: Request) -> Response:
+        return StreamingResponse(stream(), background=BackgroundTask(stream.after))
+
+    async def endpoint(request: Request) -> Response:
+        response = await decorated(request)
+        gone.set()
+        assert await request.receive() == {"type": "http.request", "body": b"", "more_body": False}
+        assert await request.receive() == {"type": "http.disconnect"}
+        return response
+
+    exchange = await ask(application(endpoint), leave_when=gone)
+    assert exchange.status == 499
+    assert stream.events == ["background", "background done"]
+
+
+async def test_a_leave_between_the_start_and_the_first_piece_stops_it() -> None:
+    stream = Stream(pieces=0)
+    exchange = await ask(application(streaming(stream)), leave_when=stream.idle)
+    assert stream.events == CUT
+    assert exchange.body == b""
+
+
+async def test_the_response_stays_the_same_object_of_the_same_class() -> None:
+    class OwnResponse(StreamingResponse):
+        """Has something of its own."""
+
+    response = OwnResponse(iter(["a"]), 201, {"x-own": "1"}, "text/own", BackgroundTask(print))
+    before = dict(vars(response))
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return response
+
+    returned = await endpoint(Request({"type": "http", "headers": []}))
+    assert returned is response
+    assert isinstance(returned, OwnResponse)
+    assert (type(returned).__name__, type(returned).__module__) == ("OwnResponse", __name__)
+    assert {name: value for name, value in vars(returned).items() if name in before} == before
+
+
+async def test_plain_and_file_responses_are_not_touched() -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request, response: Response) -> Response:
+        return response
+
+    for response in (PlainTextResponse("a"), FileResponse(__file__)):
+        before = dict(vars(response))
+        returned = await endpoint(Request({"type": "http", "headers": []}), response)
+        assert type(returned) in {PlainTextResponse, FileResponse}
+        assert vars(returned) == before
+
+
+async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+MIDDLEWARE = {
+    "one": [Middleware(BaseHTTPMiddleware, pass_on)],
+    "three": [Middleware(BaseHTTPMiddleware, pass_on)] * 3,
+    "gzip": [Middleware(GZipMiddleware, minimum_size=0)],
+    "gzip inside": [Middleware(BaseHTTPMiddleware, pass_on), Middleware(GZipMiddleware, minimum_size=0)],
+    "gzip outside": [Middleware(GZipMiddleware, minimum_size=0), Middleware(BaseHTTPMiddleware, pass_on)],
+}
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+@pytest.mark.parametrize("middleware", MIDDLEWARE.values(), ids=MIDDLEWARE)
+async def test_a_stream_stops_under_middleware(middleware: list[Middleware], pieces: int) -> None:
+    stream = Stream(pieces=pieces)
+    app = application(streaming(stream), *middleware)
+    exchange = await ask(app, server="uvicorn", headers={"accept-encoding": "gzip"}, leave_when=stream.idle)
+    assert stream.events == CUT
+    assert exchange.status == 200
+
+
+@pytest.mark.parametrize("middleware", MIDDLEWARE.values(), ids=MIDDLEWARE)
+async def test_a_stream_is_whole_under_middleware(middleware: list[Middleware]) -> None:
+    stream = Stream(pieces=3, wait=LONGER_THAN_PATIENCE)
+    app = application(streaming(stream), *middleware)
+    exchange = await ask(app, server="uvicorn", headers={"accept-encoding": "gzip"})
+    is_packed = exchange.headers.get("content-encoding") == "gzip"
+    assert (gzip.decompress(exchange.body) if is_packed else exchange.body) == b"012last"
+    assert exchange.complete
+    assert "on_disconnect" not in stream.events
+    assert stream.events[-1] == "background done"
+
+
+@pytest.mark.parametrize("server", ALL_SERVERS)
+async def test_a_stream_that_sends_what_it_reads_loses_no_byte(server: str) -> None:
+    pieces = [hashlib.sha256(str(number).encode()).digest() * 40 for number in range(60)]
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for number, piece in enumerate(pieces):
+            if number % 20 == 0:
+                await anyio.sleep(LONGER_THAN_PATIENCE / 2)
+            yield piece
+
+    @cancel_on_disconnect
+    async def echo(request: Request) -> Response:
+        await anyio.sleep(LONGER_THAN_PATIENCE)
+        return StreamingResponse(request.stream())
+
+    exchange = await ask(application(echo), server=server, method="POST", content=slowly())
+    assert exchange.body == b"".join(pieces)
+    assert exchange.complete
+
+
+async def test_a_stream_that_has_read_of_the_leave_is_not_told_again() -> None:
+    stream = Stream()
+
+    async def read(request: Request) -> AsyncGenerator[bytes]:
+        try:
+            body = request.stream()
+            while True:
+                yield await anext(body)
+                stream.idle.set()
+        except BaseException as error:
+            stream.events.append(type(error).__name__)
+            await anyio.sleep(LONGER_THAN_PATIENCE)
+            stream.events.append("clean")
+            raise
+
+    @cancel_on_disconnect(on_disconnect=stream.on_disconnect)
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(read(request))
+
+    async def upload() -> AsyncIterator[bytes]:
+        yield b"a"
+        await anyio.sleep(IDLE)
+
+    exchange = await ask(application(endpoint), method="POST", content=upload(), leave_when=stream.idle)
+    assert stream.events == ["ClientDisconnect", "clean", "on_disconnect"]
+    assert exchange.body == b"a"
+
+
+async def test_an_error_of_the_stream_is_passed_on_unchanged() -> None:
+    async def fail() -> AsyncGenerator[bytes]:
+        yield b"a"
+        raise FileNotFoundError("the stream's own")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(fail())
+
+    for server in ALL_SERVERS:
+        exchange = await Client(application(endpoint), server=server).get("/")
+        assert isinstance(exchange.error, FileNotFoundError)
+
+
+async def test_an_error_of_items_is_passed_on_unchanged() -> None:
+    async def fail() -> AsyncGenerator[str]:
+        yield "a"
+        raise FileNotFoundError("the stream's own")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return EventSourceResponse(fail())
+
+    with pytest.raises(FileNotFoundError):
+        raise (await client_of(application(endpoint)).get("/")).error or AssertionError
+
+
+async def test_what_is_decorated_runs_in_the_background_of_a_stream_that_has_been_sent() -> None:
+    stream = Stream(wait=0)
+
+    @cancel_on_disconnect
+    async def in_background(request: Request) -> None:
+        await anyio.sleep(LONGER_THAN_PATIENCE)
+        stream.events.append("decorated")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(stream(), background=BackgroundTask(in_background, request))
+
+    for server in ALL_SERVERS:
+        await ask(application(endpoint), server=server)
+        assert stream.events.pop() == "decorated"
+
+
+async def test_each_decorator_that_the_response_passes_through_is_told() -> None:
+    stream = Stream()
+    inner = streaming(stream)
+
+    @cancel_on_disconnect(on_disconnect=lambda request: stream.events.append("outer"))
+    async def endpoint(request: Request) -> Response:
+        return await inner(request)
+
+    await ask(application(endpoint), leave_when=stream.idle)
+    assert stream.events == [*CUT[:4], "outer", *CUT[4:]]
+
+
+async def test_a_body_that_is_iterable_only_works_as_well() -> None:
+    class Body:
+        def __aiter__(self) -> AsyncIterator[str]:
+            return stream()
+
+    stream = Stream()
+
+    @cancel_on_disconnect(on_disconnect=stream.on_disconnect)
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(Body())
+
+    await ask(application(endpoint), leave_when=stream.idle)
+    assert stream.events == CUT[:4]
+
+
+async def test_an_iterator_that_cannot_be_closed_works_as_well() -> None:
+    class Body:
+        def __aiter__(self) -> Body:
+            return self
+
+        async def __anext__(self) -> str:
+            if idle.is_set():
+                await anyio.sleep(IDLE)
+            idle.set()
+            return "piece"
+
+    idle = anyio.Event()
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(Body())
+
+    await ask(application(endpoint), leave_when=idle)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_cancellation_from_outside_is_passed_on_and_the_stream_closed(kind: type[Response]) -> None:
+    stream = Stream()
+    application_of_stream = application(streaming(stream, kind))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with anyio.CancelScope() as cancel_scope:
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(cancel_when_idle, cancel_scope)
+                await application_of_stream(scope, receive, send)
+        stream.events.append("passed on" if cancel_scope.cancelled_caught else "swallowed")
+
+    async def cancel_when_idle(cancel_scope: anyio.CancelScope) -> None:
+        await stream.idle.wait()
+        cancel_scope.cancel()
+
+    await ask(app)
+    assert stream.events[0] == "cancelled"
+    assert stream.events[-1] == "passed on"
+    assert not {"on_disconnect", "background"} & set(stream.events)
+
+
+async def test_a_response_that_nobody_sends_leaves_nothing_behind() -> None:
+    @cancel_on_disconnect
+    async def decorated(request: Request) -> Response:
+        await anyio.sleep(LONGER_THAN_PATIENCE)
+        return StreamingResponse(Stream()())
+
+    async def endpoint(request: Request) -> Response:
+        await decorated(request)
+        await checkpoint()
+        await checkpoint()
+        return PlainTextResponse("something else")
+
+    exchange = await Client(application(endpoint)).get("/")  # which looks for tasks left behind
+    assert exchange.body == b"something else"
+
+
+async def test_is_disconnected_still_says_so_after_a_cut_stream() -> None:
+    stream = Stream()
+    told: list[bool] = []
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        async def ask_again() -> None:
+            told.append(await request.is_disconnected())
+
+        return StreamingResponse(stream(), background=BackgroundTask(ask_again))
+
+    await ask(application(endpoint), leave_when=stream.idle)
+    assert told == [True]
+
+
+async def test_the_client_is_known_to_be_gone_when_send_says_so() -> None:
+    told: list[bool] = []
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        async def ask_again() -> None:
+            told.append(await request.is_disconnected())
+
+        return StreamingResponse(Stream()(), background=BackgroundTask(ask_again))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def fail(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                raise BrokenPipeError
+            await send(message)
+
+        await application(endpoint)(scope, receive, fail)
+
+    exchange = await ask(app, server="uvicorn")
+    assert exchange.status == 200
+    assert told == [True]

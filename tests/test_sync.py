@@ -1,0 +1,313 @@
+"""Sync endpoints: they run in the framework's threads, and can find out that their client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI
+from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
+from cancelonleave._items import _in_threads
+from cancelonleave.testing import SERVERS, Client
+from conftest import BACKENDS
+from work import LONGER_THAN_PATIENCE, ask
+
+pytestmark = pytest.mark.anyio
+
+variable: ContextVar[str] = ContextVar("variable")
+
+
+class Loop:
+    """Work in a thread that asks, between its steps, whether it is still wanted."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.begun = anyio.Event()
+
+    def __call__(self, *, deaf: bool = False) -> str:
+        assert threading.current_thread() is not threading.main_thread()
+        anyio.from_thread.run_sync(self.begun.set)
+        try:
+            if deaf:
+                time.sleep(0.1)
+            for _ in range(0 if deaf else 10_000):
+                anyio.from_thread.check_cancelled()
+                time.sleep(0.005)
+        except BaseException as error:
+            self.events.append(type(error).__name__)
+            raise
+        finally:
+            self.events.append("cleaned up")
+        return "result"
+
+
+def starlette_function(loop: Loop) -> ASGIApp:
+    @cancel_on_disconnect
+    def endpoint(request: Request) -> Response:
+        return PlainTextResponse(loop())
+
+    return Starlette(routes=[Route("/", endpoint)])
+
+
+def starlette_class(loop: Loop) -> ASGIApp:
+    class Endpoint(HTTPEndpoint):
+        @cancel_on_disconnect
+        def get(self, request: Request) -> Response:
+            return PlainTextResponse(loop())
+
+    return Starlette(routes=[Route("/", Endpoint)])
+
+
+def fastapi_function(loop: Loop) -> ASGIApp:
+    app = FastAPI()
+
+    @app.get("/")
+    @cancel_on_disconnect
+    def endpoint(number: int = 1) -> str:
+        return loop()
+
+    return app
+
+
+def fastapi_dependency(loop: Loop) -> ASGIApp:
+    app = FastAPI()
+
+    @cancel_on_disconnect
+    def dependency(number: int = 1) -> str:
+        return loop()
+
+    @app.get("/", dependencies=[Depends(dependency)])
+    async def endpoint() -> None: ...
+
+    return app
+
+
+def fastapi_partial(loop: Loop) -> ASGIApp:
+    app = FastAPI()
+
+    def endpoint(own: str, number: int = 1) -> str:
+        return own + loop()
+
+    app.get("/")(cancel_on_disconnect(functools.partial(endpoint, "own")))
+    return app
+
+
+SITES = (starlette_function, starlette_class, fastapi_function, fastapi_dependency, fastapi_partial)
+
+
+@pytest.mark.parametrize("server", ["strict", *SERVERS])
+@pytest.mark.parametrize("site", SITES)
+async def test_a_loop_that_asks_stops_when_its_client_leaves(site: Callable[[Loop], ASGIApp], server: str) -> None:
+    loop = Loop()
+    exchange = await Client(site(loop), server=server).get("/", leave_when=loop.begun)
+    assert loop.events in (["CancelledError", "cleaned up"], ["Cancelled", "cleaned up"])
+    assert exchange.status == 499
+
+
+async def test_a_function_that_never_asks_runs_to_its_end_and_its_result_is_delivered() -> None:
+    loop = Loop()
+
+    @cancel_on_disconnect
+    def endpoint(request: Request) -> Response:
+        return PlainTextResponse(loop(deaf=True))
+
+    exchange = await ask(Starlette(routes=[Route("/", endpoint)]), leave_when=loop.begun)
+    assert exchange.text == "result"
+    assert loop.events == ["cleaned up"]
+
+
+async def test_a_function_that_waits_for_a_thread_is_dropped_at_once() -> None:
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    before = limiter.total_tokens
+    limiter.total_tokens = 1
+    entered: list[str] = []
+    held, release = anyio.Event(), threading.Event()
+
+    def hold() -> None:
+        anyio.from_thread.run_sync(held.set)
+        release.wait(10)
+
+    @cancel_on_disconnect
+    def endpoint(request: Request) -> Response:
+        entered.append("endpoint")
+        return PlainTextResponse("result")
+
+    try:
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(anyio.to_thread.run_sync, hold)
+                await held.wait()
+                exchange = await ask(Starlette(routes=[Route("/", endpoint)]), leave_after=0.01)
+                assert exchange.status == 499
+                assert not entered
+                release.set()
+                await ask(Starlette(routes=[Route("/", endpoint)]))
+                assert entered == ["endpoint"]
+    finally:
+        release.set()
+        limiter.total_tokens = before
+
+
+async def test_a_function_whose_client_stays_is_as_undecorated() -> None:
+    async def app_of(decorate: Callable[[Any], Any]) -> list[object]:  # Any: of functions
+        app = FastAPI()
+        seen: list[object] = []
+
+        async def set_variable() -> None:
+            variable.set("seen")
+
+        @app.get("/", dependencies=[Depends(set_variable)])
+        @decorate
+        def endpoint(tasks: BackgroundTasks, number: int) -> dict[str, int]:
+            tasks.add_task(seen.append, "background")
+            seen.append(variable.get())
+            borrowed = anyio.from_thread.run_sync(anyio.to_thread.current_default_thread_limiter).borrowed_tokens
+            seen.append(borrowed)
+            anyio.from_thread.check_cancelled()
+            if number > 3:
+                raise HTTPException(418)
+            return {"number": number}
+
+        for query in ("number=1", "number=4", "number=a"):
+            exchange = await Client(app).get(f"/?{query}")
+            seen += [exchange.error, exchange.status, exchange.body]
+        return [*seen, app.openapi()]
+
+    assert await app_of(cancel_on_disconnect) == await app_of(lambda endpoint: endpoint)
+
+
+async def test_an_error_of_the_thread_is_delivered_although_the_client_has_left() -> None:
+    loop = Loop()
+
+    @cancel_on_disconnect
+    def endpoint(request: Request) -> Response:
+        loop(deaf=True)
+        raise HTTPException(418)
+
+    exchange = await ask(Starlette(routes=[Route("/", endpoint)]), leave_when=loop.begun)
+    assert exchange.status == 418
+
+
+async def test_a_dependency_with_yield_rolls_back_when_a_sync_endpoint_has_stopped() -> None:
+    loop = Loop()
+    app = FastAPI()
+    events: list[str] = []
+
+    def transaction() -> Generator[None]:
+        try:
+            yield
+        except ClientClosedRequest:
+            events.append("rollback")
+            raise
+        events.append("commit")
+
+    @app.get("/", dependencies=[Depends(transaction)])
+    @cancel_on_disconnect
+    def endpoint(deaf: bool = False) -> str:
+        return loop(deaf=deaf)
+
+    await ask(app, leave_when=loop.begun)
+    await ask(app, "/?deaf=true")
+    assert events == ["rollback", "commit"]
+
+
+async def test_a_function_called_by_a_decorated_endpoint_stops_and_ends_it() -> None:
+    loop = Loop()
+    events: list[str] = []
+
+    def inner(request: Request) -> str:
+        return loop()
+
+    decorated_inner: Any = cancel_on_disconnect(inner)  # Any: it has to be awaited now
+
+    @cancel_on_disconnect(on_disconnect=lambda request: events.append("on_disconnect"))
+    async def endpoint(request: Request) -> Response:
+        try:
+            return PlainTextResponse(await decorated_inner(request))
+        except ClientClosedRequest:
+            await anyio.sleep(LONGER_THAN_PATIENCE)
+            events.append("not cancelled on top")
+            raise
+
+    exchange = await ask(Starlette(routes=[Route("/", endpoint)]), leave_when=loop.begun)
+    assert exchange.status == 499
+    on_trio = loop.events[0] == "Cancelled"  # there, whatever awaits is cancelled, again and again
+    assert events == ["not cancelled on top"] * (not on_trio) + ["on_disconnect"]
+
+
+async def test_without_a_request_a_function_just_runs_in_a_thread() -> None:
+    def report(year: int) -> str:
+        return f"{year} {threading.current_thread() is threading.main_thread()}"
+
+    decorated: Any = cancel_on_disconnect(report)  # Any: as above
+    assert await decorated(2024) == "2024 False"
+
+
+@pytest.mark.parametrize("server", ["strict", *SERVERS])
+async def test_a_sync_generator_in_a_thread_can_ask_whether_the_client_has_left(server: str) -> None:
+    events: list[str] = []
+    idle = anyio.Event()
+
+    def stream() -> Generator[str]:
+        try:
+            yield "0"
+            anyio.from_thread.run_sync(idle.set)
+            while True:
+                anyio.from_thread.check_cancelled()
+                anyio.from_thread.run(anyio.sleep, 0.001)
+        finally:
+            events.append("closed")
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return StreamingResponse(stream())
+
+    exchange = await Client(Starlette(routes=[Route("/", endpoint)]), server=server).get("/", leave_when=idle)
+    assert events == ["closed"]
+    assert exchange.body == b"0"
+
+
+@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
+async def test_a_generator_whose_thread_runs_on_alone_is_not_closed_under_its_hands() -> None:
+    begun = anyio.Event()
+    go_on = threading.Event()
+
+    def numbers() -> Generator[int]:
+        anyio.from_thread.run_sync(begun.set)
+        go_on.wait(10)
+        yield 1
+
+    generator = numbers()
+    items = _in_threads(generator)
+
+    async def pull() -> None:
+        await anext(items)
+
+    task = asyncio.create_task(pull())
+    with anyio.fail_after(10):
+        await begun.wait()
+        task.cancel()  # natively, as servers do when they shut down: that tears anyio's threads off
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        while inspect.getgeneratorstate(generator) == inspect.GEN_RUNNING:
+            await anyio.sleep(0.001)
+    generator.close()
