@@ -7,9 +7,12 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import starlette
+
+from cancelonleave.testing import Client
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
 
@@ -74,4 +77,23 @@ def test_what_is_said_of_the_stream_behind_gunicorn_is_true(tmp_path: Path) -> N
 
 def test_there_are_two_commands_that_set_everything_up() -> None:
     commands = re.findall(r"^    (python3 -m venv .*)$", README, re.MULTILINE)
-    assert [command.split(" -m ")[-1] for command in commands] == ["cancelonleave", "pytest"]
+    assert [command.split(" -m ")[-1] for command in commands] == ["cancelonleave", "pytest -n 4"]
+
+
+def example(name: str) -> Any:  # Any: an ASGI application
+    """Run a file of the README's and return its application."""
+    names: dict[str, Any] = {}  # Any: whatever is in it
+    exec(compile(block(f"python\n# {name}"), name, "exec"), names)
+    return names["app"]
+
+
+@pytest.mark.anyio
+async def test_the_sync_example_stops_when_its_client_leaves() -> None:
+    exchange = await Client(example("primes.py")).get("/primes?below=10000000", leave_after=0.1)
+    assert exchange.status == 499
+
+
+@pytest.mark.anyio
+async def test_the_sync_example_finds_primes() -> None:
+    exchange = await Client(example("primes.py")).get("/primes?below=12")
+    assert exchange.json() == [2, 3, 5, 7, 11]
