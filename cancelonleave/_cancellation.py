@@ -33,7 +33,7 @@ def run(
         watch: For the event.
         awaitable: Any.
         level: Cancel by level, since it is a thread that asks for `anyio.from_thread.check_cancelled()`.
-        at_once: Have the wait begin before it, on trio, where `held()` can do nothing.
+        at_once: Have the wait begin before it, on trio.
     """
     host = asyncio_task()
     call = _TrioCall(watch) if host is None else _AsyncioCall(watch, host)
@@ -130,7 +130,7 @@ class _TrioCall(Call):
                 finally:
                     self.end()
                 joining.shield = True  # nothing may take the place of the result while the watch ends
-                if self._waits and (self.watch.holds or self.watch.goes_on_after(results and results[0])):
+                if self._waits and (self.watch.is_held or self.watch.goes_on_after(results and results[0])):
                     # BaseHTTPMiddleware takes some turns to pass a message on, and loses it if cancelled there.
                     await _turns()
                 task_group.cancel_scope.cancel()

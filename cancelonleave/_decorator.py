@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar, cast, overload
 from weakref import WeakSet
 
@@ -18,7 +18,6 @@ from ._request import OnDisconnect, is_read, is_stream, run_hook, watch
 from ._signature import RequestParameter, innermost, request_parameter, takes_websocket
 from ._streaming import watch_response
 
-T = TypeVar("T")
 # Any: of whatever arguments and result, which the type variable carries over exactly.
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 _guarded: WeakSet[Callable[..., object]] = WeakSet()
@@ -123,9 +122,10 @@ def _guard_function(
     return guarded
 
 
-def _in_thread(endpoint: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
-    async def call(*args: Any, **kwargs: Any) -> T:  # Any: the endpoint's own
-        return await run_in_threadpool(endpoint, *args, **kwargs)
+def _in_thread(endpoint: Any) -> Any:  # Any: as above
+    async def call(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
+        result = await run_in_threadpool(endpoint, *args, **kwargs)
+        return await result if inspect.isawaitable(result) else result  # as that of a lambda
 
     return call
 
@@ -137,12 +137,16 @@ def _guard_generator(endpoint: Any, parameter: RequestParameter, on_disconnect: 
         items = endpoint(*args, **kwargs)
         if request is None:
             return items
+        watched = watch(request)
+        if is_stream(items):  # a function that wraps a generator, and makes a response of it
+            watch_response(items, watched, request, on_disconnect)
+            return items
         if innermost(request.scope.get("endpoint", guarded)) is not innermost(guarded):
             raise TypeError(
                 f"@cancel_on_disconnect can't guard {endpoint!r}: it is a generator, but not its route's endpoint. "
                 "Its last part may run when the response is complete. Decorate the endpoint."
             )
-        return watch_items(items, watch(request), request, on_disconnect)
+        return watch_items(items, watched, request, on_disconnect)
 
     return guarded
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from contextvars import Context, ContextVar, copy_context
+from contextvars import Context, ContextVar
 from typing import Any
 
-from ._patience import PATIENCE, latecomers
+from ._patience import PATIENCE
 
 Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
 
@@ -24,7 +24,7 @@ class Watch:
             another, or somebody calls `stop()` or `drop()`. (On trio a wait can't outlive its call.)
     """
 
-    holds = 0
+    is_held = False  # from one call to the next, as far as that can be done on trio
     over = finished = False
     task: asyncio.Task[None] | None = None
 
@@ -39,7 +39,7 @@ class Watch:
         self.ended = ended
         self.error = error
         self.goes_on_after = goes_on_after
-        self.calls: set[Member] = set()
+        self.calls: set[Call] = set()
 
     def start(self) -> bool:
         """Wait from now on, if there is a call that needs it; return whether there is."""
@@ -53,10 +53,6 @@ class Watch:
         while call is not None:
             call.told = call.told or call.watch is self
             call = call.around
-
-    def held(self) -> Hold:
-        """Have the wait go on between calls within the block; it is told if that can be done: on trio it can't."""
-        return Hold(self)
 
     def finish(self) -> None:
         """From now on the event means nothing to any call."""
@@ -103,22 +99,10 @@ class Watch:
             await asyncio.wait((task,), timeout=PATIENCE)
 
 
-class Member:
-    """What needs a watch."""
-
-    told = cancelled = False
-
-    def watch_now(self) -> None:
-        """Don't wait for the end of `PATIENCE`."""
-
-    def cancel(self) -> None:
-        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
-
-
-class Call(Member):
+class Call:
     """One awaitable under a watch: what asyncio and trio have in common."""
 
-    ended = level = at_once = False
+    told = cancelled = ended = level = at_once = False
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -136,38 +120,14 @@ class Call(Member):
         around = self.around
         return around is None or around.watch is not self.watch or around.ended or around.told
 
+    def watch_now(self) -> None:
+        """Don't wait for the end of `PATIENCE`."""
+
+    def cancel(self) -> None:
+        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
+
 
 innermost: ContextVar[Call | None] = ContextVar("cancelonleave", default=None)
-
-
-class Hold(Member):
-    """Stands for the calls to come, so that receive() isn't interrupted by the end of each."""
-
-    told = True
-
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-
-    async def __aenter__(self) -> bool:
-        self._watch.holds += 1
-        host = asyncio_task()
-        if host is None:
-            return False
-        self._context = copy_context()
-        self._loop = host.get_loop()
-        self._watch.calls.add(self)
-        self._place = latecomers(self._loop).add(self)
-        return True
-
-    def watch_now(self) -> None:
-        self._watch.start_task(self._loop, self._context)
-
-    async def __aexit__(self, *error: object) -> None:
-        self._watch.holds -= 1
-        if self in self._watch.calls:
-            self._watch.calls.discard(self)
-            self._place.discard(self)
-            await self._watch.stop()
 
 
 def asyncio_task() -> asyncio.Task[Any] | None:  # Any: whatever it returns

@@ -26,16 +26,11 @@ from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import Client
 from future_endpoints import Guard, Work
 from shop import IDS, INVALID_IDS, INVALID_REQUESTS, REQUESTS, Ask, post, shop
-from work import ask, no_work, sent, some_work, undecorated
+from work import ask, ignore_middleware_garbage, no_work, sent, some_work, undecorated
 
 pytestmark = pytest.mark.anyio
 
 FORM = "application/x-www-form-urlencoded"
-
-# Older versions of Starlette leave the body's generator in BaseHTTPMiddleware to the garbage collector.
-ignore_middleware_garbage = pytest.mark.filterwarnings(
-    "ignore:Async generator 'starlette.requests.Request.stream':ResourceWarning"
-)
 
 
 class Recorder:
@@ -532,3 +527,18 @@ async def test_dependencies_see_an_error_of_the_stream_itself() -> None:
 
     exchange = await Client(app).get("/")
     assert seen == [exchange.error]
+
+
+async def test_an_answer_of_a_dependency_that_comes_too_late_is_dropped() -> None:
+    async def transaction() -> AsyncIterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise HTTPException(503) from error
+
+    idle = anyio.Event()
+    app = Transactions().app(idle, 60, StreamingResponse)
+    outer = FastAPI(dependencies=[Depends(transaction)])
+    outer.include_router(app.router)
+    exchange = await Client(outer).get("/", leave_when=idle)
+    assert exchange.error is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable
 from contextlib import aclosing
@@ -20,6 +21,7 @@ from starlette.background import BackgroundTasks
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import SERVERS, Client
+from conftest import BACKENDS
 from test_readme import example
 from work import LONGER_THAN_PATIENCE, on_trio, undecorated
 
@@ -267,3 +269,47 @@ async def test_the_readmes_example_stops_when_its_client_leaves() -> None:
     exchange = await Client(example("countdown.py")).get("/countdown", leave_after=0.1)
     assert exchange.error is None
     assert exchange.text == "59\n"
+
+
+@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize(
+    ("path", "server"),
+    [
+        ("/jsonl", "strict"),
+        ("/jsonl", "gunicorn-h2"),
+        ("/sse", "strict"),  # and with gunicorn-h2 FastAPI itself ends it, when send() has failed
+        ("/raw", "gunicorn"),
+        ("/raw", "gunicorn-h2"),
+    ],
+)
+async def test_the_generator_ends_although_nobody_ends_a_send(path: str, server: str) -> None:
+    ends: list[str] = []
+
+    async def transaction() -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            ends.append(*generators.events[-1:])
+
+    generators = Generators(cancel_on_disconnect)
+    app = FastAPI(dependencies=[Depends(transaction)])
+    app.include_router(generators.app.router)
+    client = Client(app, server=server, timeout=0.5)
+    if server == "gunicorn-h2":  # where send() fails, which ends the response of FastAPI's own
+        assert (await client.get(f"{path}?size=100", leave_after_received=20)).error is not None
+    else:
+        with pytest.raises(AssertionError, match="still ran"):
+            await client.get(f"{path}?size=100", leave_after_received=20)
+    assert generators.events == ["clean"]
+    assert ends == ["clean"]
+
+
+async def test_a_sync_generator_is_an_async_one_to_fastapi() -> None:
+    @cancel_on_disconnect
+    def numbers() -> Iterable[int]:
+        yield 1
+
+    innermost: Any = inspect.unwrap(numbers)  # Any: not what it wraps
+    assert inspect.isasyncgenfunction(innermost)
+    assert [item async for item in innermost()] == [None]
+    assert list(numbers()) == [1]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
+import gc
 import gzip
 import hashlib
 import logging
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, nullcontext
+from typing import Any
 
 import anyio
 import pytest
@@ -22,12 +28,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import Unpack
 
-from cancelonleave import cancel_on_disconnect
+from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import SERVERS, Client, Exchange, Options
 from virtual import anyio_backend as anyio_backend
-from work import LONGER_THAN_PATIENCE, on_trio
+from work import LONGER_THAN_PATIENCE, TRUSTS_SEND, ignore_middleware_garbage, on_trio
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, ignore_middleware_garbage]
 
 ALL_SERVERS = ("strict", *SERVERS)
 KINDS = (StreamingResponse, EventSourceResponse)
@@ -127,7 +133,8 @@ async def test_undecorated_an_idle_stream_goes_unnoticed_on_asgi_2_4() -> None:
         return StreamingResponse(stream())
 
     client = Client(application(endpoint), server="gunicorn", timeout=0.2)
-    with pytest.raises(AssertionError, match=r"still ran 0\.2 s after the client left"):
+    goes_on = pytest.raises(AssertionError, match=r"still ran 0\.2 s after the client left")
+    with goes_on if TRUSTS_SEND else nullcontext():
         await client.get("/", leave_when=stream.idle)
 
 
@@ -182,8 +189,8 @@ async def test_a_leave_before_the_response_has_started_ends_it_as_that_of_an_end
         assert await request.receive() == {"type": "http.disconnect"}
         return response
 
-    exchange = await ask(application(endpoint), leave_when=gone)
-    assert exchange.status == 499
+    exchange = await Client(Route("/", endpoint)).get("/", leave_when=gone)
+    assert isinstance(exchange.error, ClientClosedRequest)
     assert stream.events == ["background", "background done"]
 
 
@@ -229,11 +236,11 @@ async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Respo
 
 
 MIDDLEWARE = {
-    "one": [Middleware(BaseHTTPMiddleware, pass_on)],
-    "three": [Middleware(BaseHTTPMiddleware, pass_on)] * 3,
+    "one": [Middleware(BaseHTTPMiddleware, dispatch=pass_on)],
+    "three": [Middleware(BaseHTTPMiddleware, dispatch=pass_on)] * 3,
     "gzip": [Middleware(GZipMiddleware, minimum_size=0)],
-    "gzip inside": [Middleware(BaseHTTPMiddleware, pass_on), Middleware(GZipMiddleware, minimum_size=0)],
-    "gzip outside": [Middleware(GZipMiddleware, minimum_size=0), Middleware(BaseHTTPMiddleware, pass_on)],
+    "gzip inside": [Middleware(BaseHTTPMiddleware, dispatch=pass_on), Middleware(GZipMiddleware, minimum_size=0)],
+    "gzip outside": [Middleware(GZipMiddleware, minimum_size=0), Middleware(BaseHTTPMiddleware, dispatch=pass_on)],
 }
 
 
@@ -326,12 +333,13 @@ async def test_an_error_of_items_is_passed_on_unchanged() -> None:
         yield "a"
         raise FileNotFoundError("the stream's own")
 
-    @cancel_on_disconnect
     async def endpoint(request: Request) -> Response:
         return EventSourceResponse(fail())
 
-    with pytest.raises(FileNotFoundError):
-        raise (await client_of(application(endpoint)).get("/")).error or AssertionError
+    exchange = await client_of(application(cancel_on_disconnect(endpoint))).get("/")
+    plain = await client_of(application(endpoint)).get("/")
+    assert exchange.error is not None
+    assert repr(exchange.error) == repr(plain.error)  # older sse-starlette has it in a group
 
 
 async def test_what_is_decorated_runs_in_the_background_of_a_stream_that_has_been_sent() -> None:
@@ -469,6 +477,270 @@ async def test_the_client_is_known_to_be_gone_when_send_says_so() -> None:
 
         await application(endpoint)(scope, receive, fail)
 
-    exchange = await ask(app, server="uvicorn")
+    exchange = await ask(app, server="gunicorn-h2")
     assert exchange.status == 200
     assert told == [True]
+
+
+def with_timeout(pieces: int) -> AsyncIterator[str]:
+    async def stream() -> AsyncGenerator[str]:
+        with anyio.move_on_after(60):
+            for number in range(pieces):
+                yield str(number)
+                await anyio.sleep(0.001)
+
+    return stream()
+
+
+def with_task_group(pieces: int) -> AsyncIterator[str]:
+    async def stream() -> AsyncGenerator[str]:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(anyio.sleep_forever)
+            for number in range(pieces):
+                yield str(number)
+                await anyio.sleep(0.001)
+            task_group.cancel_scope.cancel()
+
+    return stream()
+
+
+@pytest.mark.parametrize("make", [with_timeout, with_task_group])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_generator_may_hold_a_scope_from_one_piece_to_the_next(
+    kind: type[Response], make: Callable[[int], AsyncIterator[str]]
+) -> None:
+    async def endpoint(request: Request) -> Response:
+        return kind(make(5))
+
+    decorated = await ask(application(cancel_on_disconnect(endpoint)))
+    plain = await ask(application(endpoint), server="uvicorn")
+    assert decorated.complete
+    assert decorated.body == plain.body
+
+
+@pytest.mark.parametrize("make", [with_timeout, with_task_group])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("server", ["uvicorn", "strict"])
+async def test_a_generator_that_holds_a_scope_is_cut_cleanly(
+    kind: type[Response], make: Callable[[int], AsyncIterator[str]], server: str
+) -> None:
+    if on_trio():  # there, what else has a `body_iterator` is left alone
+        kind = StreamingResponse
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return kind(make(1_000_000))
+
+    await ask(application(endpoint), server=server, leave_after_received=3)
+
+
+async def test_the_disconnect_after_a_complete_response_is_none_also_if_items_are_left() -> None:
+    stream = Stream(pieces=10)
+
+    class FirstTwo(StreamingResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            pieces = aiter(self.body_iterator)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            for _ in range(2):
+                piece = str(await anext(pieces)).encode()
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+            await anyio.sleep(LONGER_THAN_PATIENCE)
+
+    for server in ALL_SERVERS:
+        exchange = await ask(application(streaming(stream, FirstTwo)), server=server)
+        assert exchange.complete
+        assert stream.events == ["closed", "cleaning up", "clean"]
+        stream.events.clear()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_os_error_of_a_middleware_is_no_leave(kind: type[Response]) -> None:
+    app = application(streaming(Stream(wait=0), kind))
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        async def store_session(message: Message) -> None:
+            raise ConnectionRefusedError("the session store is down")
+
+        await app(scope, receive, store_session)
+
+    exchange = await client_of(middleware, "uvicorn").get("/")
+    assert "ConnectionRefusedError" in repr(exchange.error)
+
+
+async def test_a_response_that_is_sent_twice_is_watched_twice() -> None:
+    class Body:
+        def __aiter__(self) -> AsyncIterator[str]:
+            return stream()
+
+    stream = Stream(wait=0)
+    response = StreamingResponse(Body())
+
+    @cancel_on_disconnect(on_disconnect=lambda request: stream.events.append("on_disconnect"))
+    async def endpoint(request: Request) -> Response:
+        return response
+
+    assert (await ask(application(endpoint))).body == b"0last"
+    stream.wait, stream.idle = IDLE, anyio.Event()
+    await ask(application(endpoint), leave_when=stream.idle)
+    assert stream.events[-1] == "on_disconnect"
+
+
+class WithOwnCall(StreamingResponse):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(scope, receive, send)
+
+
+class WithOwnListener(StreamingResponse):
+    async def listen_for_disconnect(self, receive: Receive) -> None:
+        await super().listen_for_disconnect(receive)
+
+
+@pytest.mark.parametrize("pieces", [1, 50])
+@pytest.mark.parametrize("kind", [WithOwnCall, WithOwnListener])
+@pytest.mark.parametrize("server", ALL_SERVERS)
+async def test_a_streaming_response_that_has_its_own_ways_stops_as_well(
+    kind: type[Response], server: str, pieces: int
+) -> None:
+    stream = Stream(pieces=pieces)
+    received = 20 if pieces == 50 else -1
+    app = application(streaming(stream, kind))
+    await ask(app, server=server, leave_when=stream.idle, leave_after_received=received)
+    rest = set(stream.events) - {"cancelled", "closed"}
+    assert len(stream.events) == len(CUT)  # in the order of CUT but for the background task, which it runs by itself
+    assert rest == set(CUT[1:])
+
+
+async def test_what_was_queued_is_not_run_if_the_response_has_not_started() -> None:
+    ran: list[str] = []
+    gone = anyio.Event()
+
+    @cancel_on_disconnect
+    async def decorated(request: Request) -> Response:
+        return StreamingResponse(Stream()())
+
+    async def endpoint(request: Request) -> Response:
+        response = await decorated(request)
+        response.background = BackgroundTask(ran.append, "as FastAPI adds what was queued")
+        gone.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return response
+
+    exchange = await Client(Route("/", endpoint)).get("/", leave_when=gone)
+    assert isinstance(exchange.error, ClientClosedRequest)
+    assert not ran
+
+
+async def test_a_function_that_wraps_a_generator_is_watched_as_what_it_returns() -> None:
+    stream = Stream()
+
+    def streamed(generate: Callable[[Request], AsyncIterator[str]]) -> Callable[[Request], Response]:
+        @functools.wraps(generate)
+        def wrapper(request: Request) -> Response:
+            return StreamingResponse(generate(request))
+
+        return wrapper
+
+    async def generate(request: Request) -> AsyncGenerator[str]:
+        async with aclosing(stream()) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    endpoint: Any = cancel_on_disconnect(on_disconnect=stream.on_disconnect)(streamed(generate))
+
+    async def call(request: Request) -> Response:
+        response: Response = endpoint(request)
+        return response
+
+    await ask(application(call), leave_when=stream.idle)
+    assert stream.events == CUT[:4]
+
+
+class FirstOnly(Response):
+    def __init__(self, content: AsyncIterator[str]) -> None:
+        super().__init__()
+        self.body_iterator = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await anext(self.body_iterator)
+        await super().__call__(scope, receive, send)
+
+
+async def fails_in_cleanup() -> AsyncGenerator[str]:
+    try:
+        yield "a"
+    finally:
+        await checkpoint()
+        raise ZeroDivisionError
+
+
+async def fails_in_a_task_group() -> AsyncGenerator[str]:
+    async with anyio.create_task_group(), aclosing(fails_in_cleanup()) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+@pytest.mark.parametrize("generate", [fails_in_cleanup, fails_in_a_task_group])
+async def test_an_error_of_the_cleanup_is_passed_on(generate: Callable[[], AsyncGenerator[str]]) -> None:
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return FirstOnly(generate())
+
+    exchange = await Client(application(endpoint)).get("/")
+    assert "ZeroDivisionError" in repr(exchange.error)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "uvloop"], indirect=True)
+async def test_the_cancellation_of_all_tasks_reaches_the_response() -> None:
+    idle = anyio.Event()
+
+    async def pieces() -> AsyncGenerator[str]:
+        yield "a"
+        idle.set()
+        await anyio.sleep(IDLE)
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> Response:
+        return WithOwnCall(pieces())
+
+    async def shut_down() -> None:
+        await idle.wait()
+        for task in asyncio.all_tasks():
+            if task.get_name() == "cancelonleave: stream":
+                task.cancel()
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(shut_down)
+            exchange = await client_of(application(endpoint)).get("/")
+            assert not exchange.complete
+
+
+@pytest.mark.parametrize("kind", [StreamingResponse, WithOwnCall])
+async def test_nothing_is_left_to_the_garbage_collector(kind: type[Response]) -> None:
+    seen: list[weakref.ref[object]] = []
+
+    class OwnRequest(Request): ...
+
+    stream = Stream()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        @cancel_on_disconnect
+        async def endpoint(request: Request) -> Response:
+            response = kind(stream())
+            seen.extend([weakref.ref(request), weakref.ref(response)])
+            return response
+
+        request = OwnRequest(scope, receive)
+        response = await endpoint(request)
+        await response(scope, receive, send)
+
+    gc.collect()
+    gc.disable()
+    try:
+        await client_of(app).get("/", leave_when=stream.idle)
+        await anyio.sleep(LONGER_THAN_PATIENCE)
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()

@@ -12,10 +12,13 @@ from starlette.types import Message
 
 import stream_trials
 import trials
-from cancelonleave import _cancellation, _channel, _items, _streaming, _watch
+from cancelonleave import _cancellation, _channel, _items, _request, _streaming, _watch
 from trial import BrokenPromise, run_trials
 from trials import run_trial
 from virtual import BACKENDS
+from work import ignore_middleware_garbage
+
+pytestmark = ignore_middleware_garbage
 
 TRIALS = 3000
 STREAM_TRIALS = 2000
@@ -26,8 +29,6 @@ def test_no_random_request_breaks_a_promise(backend: str) -> None:
     run_trials(run_trial, backend, range(TRIALS))
 
 
-# Cancelled from outside, BaseHTTPMiddleware leaves a generator of its own to the garbage collector.
-@pytest.mark.filterwarnings("ignore:Async generator 'starlette.middleware.base:ResourceWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_random_stream_breaks_a_promise(backend: str) -> None:
     run_trials(stream_trials.run_trial, backend, range(STREAM_TRIALS))
@@ -149,22 +150,30 @@ def lets_a_response_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_streaming._Body, "_listen", listen)
 
 
-def interrupts_receive_between_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def enter(self: _watch.Hold) -> bool:
+def interrupts_receive_before_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_stream(response: object) -> bool:
         return False
 
-    monkeypatch.setattr(_watch.Hold, "__aenter__", enter)
-    monkeypatch.setattr(_watch.Hold, "__aexit__", _watch.Watch.stop)
+    monkeypatch.setattr(_request, "is_stream", is_stream)
 
 
 def reports_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def report(self: _items.Stream) -> None:
+    async def end(self: _items.Stream) -> None:
         self.watched._logged = False
         await original(self)
         self.hooks.append(None)
 
-    original = _items.Stream.report
-    monkeypatch.setattr(_items.Stream, "report", report)
+    original = _items.Stream.end
+    monkeypatch.setattr(_items.Stream, "end", end)
+
+
+def runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def make(self: _items._Pump) -> None:
+        self._asked.clear = lambda: None  # type: ignore[method-assign]  # so that it always seems to be asked
+        await original(self)
+
+    original = _items._Pump._make
+    monkeypatch.setattr(_items._Pump, "_make", make)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +182,8 @@ def reports_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
         does_not_close_generators,
         takes_the_end_of_a_response_for_a_leave,
         lets_a_response_listen,
-        interrupts_receive_between_items,
+        interrupts_receive_before_the_body,
+        runs_ahead,
         reports_each_piece,
         cancels_again_and_again,
         cancels_inside_shields,

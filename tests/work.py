@@ -7,12 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
+import pytest
+import starlette
 from starlette.types import ASGIApp
 
 from cancelonleave.testing import Client, Exchange
 from future_endpoints import Endpoint
 
 LONGER_THAN_PATIENCE = 0.06
+# From 0.42 on a StreamingResponse doesn't listen on servers of ASGI 2.4, but waits for send() to fail.
+TRUSTS_SEND = tuple(map(int, starlette.__version__.split(".")[:2])) >= (0, 42)
+
+# Older versions of Starlette leave generators and streams in BaseHTTPMiddleware to the garbage collector.
+ignore_middleware_garbage = pytest.mark.filterwarnings(
+    "ignore:Async generator 'starlette.(requests.Request.stream|middleware.base):ResourceWarning",
+    "ignore:Unclosed <MemoryObject:ResourceWarning",
+)
 
 
 def undecorated(endpoint: Endpoint) -> Endpoint:
