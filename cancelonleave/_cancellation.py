@@ -31,9 +31,9 @@ def run(
 
     Args:
         watch: For the event.
-        awaitable: Any.
-        level: Cancel by level, since it is a thread that asks for `anyio.from_thread.check_cancelled()`.
-        at_once: Have the wait begin before it, on trio.
+        awaitable: What to await.
+        level: Cancel by level, since it is a thread that asks by `anyio.from_thread.check_cancelled()`.
+        at_once: Have the wait begin first, on trio.
     """
     host = asyncio_task()
     call = _TrioCall(watch) if host is None else _AsyncioCall(watch, host)

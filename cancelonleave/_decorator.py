@@ -1,4 +1,4 @@
-"""Turns an endpoint into one that ends when its client does; the only room that knows all others."""
+"""Turns an endpoint into one that ends when its client does."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
         guarded = _guard_generator(endpoint, parameter, on_disconnect)
     elif _is(inspect.isgeneratorfunction, endpoint):
         guarded = _guard_generator(endpoint, parameter, on_disconnect)
-        guarded.__wrapped__ = _async_generator(guarded)
+        guarded.__wrapped__ = _async_generator(guarded)  # for FastAPI, which would iterate in threads of its own
     else:
         guarded = _guard_function(endpoint, parameter, on_disconnect, in_thread=True)
     guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)  # as FastAPI calls it in OpenAPI

@@ -377,7 +377,7 @@ async def run_trial(seed: int, unhandled: list[dict[str, Any]], *, native: bool)
     with recorded() as records:
         world = await run_plan(plan, decorated=True)
         if plan.outside is not None:
-            gc.collect()  # of generators of the framework's that were cut off
+            gc.collect(1)  # the young: generators of the framework's that were cut off
         for _ in range(5):
             await anyio.sleep(0.1)  # while they are closed
     world.records = records.number
