@@ -677,8 +677,7 @@ async def fails_in_cleanup() -> AsyncGenerator[str]:
 
 async def fails_in_a_task_group() -> AsyncGenerator[str]:
     async with anyio.create_task_group(), aclosing(fails_in_cleanup()) as pieces:
-        async for piece in pieces:
-            yield piece
+        yield await anext(pieces)
 
 
 @pytest.mark.parametrize("generate", [fails_in_cleanup, fails_in_a_task_group])
