@@ -33,7 +33,7 @@ def watch_response(response: Any, watched: Watched, request: Request, on_disconn
         response.__class__ = _watched_class(response.__class__)
     if body is None or body.watched is not watched:  # a response may be sent more than once
         body = response._cancelonleave = _Body(watched, request)
-        body.background = response.background
+        body.background = getattr(response, "background", None)
         if watched.watch.task is not None:  # it goes on until the response has been sent, or thrown away
             finalize(response, watched.watch.drop).atexit = False
     body.hooks.append(on_disconnect)
