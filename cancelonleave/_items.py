@@ -143,6 +143,7 @@ class _Pump:
                 self._ready.set()
                 await self._asked.wait()
                 if self._closing:
+                    self._stream.watch.tell()  # its end is under way: a leave must not cancel its cleanup
                     break
                 self._go_on()
         finally:

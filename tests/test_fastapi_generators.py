@@ -21,14 +21,17 @@ from starlette.background import BackgroundTasks
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import SERVERS, Client
-from conftest import BACKENDS
 from test_readme import example
+from virtual import BACKENDS
 from work import LONGER_THAN_PATIENCE, on_trio, undecorated
 
 pytestmark = pytest.mark.anyio
 
 # Their send() fails after the leave, which ends a response of FastAPI's own with an error, decorated or not.
 QUIET_SERVERS = tuple(name for name in ("strict", *SERVERS) if name != "gunicorn-h2")
+# In virtual time, which tests without threads can have. The servers that these tests need have no trio.
+ASYNCIO = {name: BACKENDS[name][1]() for name in ("asyncio", "uvloop")}
+on_asyncio = pytest.mark.parametrize("anyio_backend", [("asyncio", ASYNCIO[name]) for name in ASYNCIO], ids=ASYNCIO)
 IDLE = 60  # seconds
 Guard = Callable[[Any], Any]  # Any: functions and generator functions
 
@@ -42,8 +45,9 @@ class Item(BaseModel):
 class Generators:
     """Generator endpoints of all kinds, that say some things and then wait; it notes what becomes of them."""
 
-    def __init__(self, guard: Guard, *, wait: float = IDLE) -> None:
+    def __init__(self, guard: Guard, *, wait: float = IDLE, cleanup: float = 0.01) -> None:
         self.wait = wait
+        self.cleanup = cleanup
         self.events: list[str] = []
         self.idle = anyio.Event()
         self.app = FastAPI()
@@ -94,7 +98,7 @@ class Generators:
             raise
         finally:
             with anyio.CancelScope(shield=on_trio()):
-                await anyio.sleep(0.01)
+                await anyio.sleep(self.cleanup)
             self.events.append("clean")
 
     def sync_numbers(self, size: int) -> Generator[int]:
@@ -271,7 +275,7 @@ async def test_the_readmes_example_stops_when_its_client_leaves() -> None:
     assert exchange.text == "59\n"
 
 
-@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
+@on_asyncio
 @pytest.mark.parametrize(
     ("path", "server"),
     [
@@ -289,7 +293,7 @@ async def test_the_generator_ends_although_nobody_ends_a_send(path: str, server:
         try:
             yield
         finally:
-            ends.append(*generators.events[-1:])
+            ends.extend(generators.events[-1:])
 
     generators = Generators(cancel_on_disconnect)
     app = FastAPI(dependencies=[Depends(transaction)])
@@ -302,6 +306,13 @@ async def test_the_generator_ends_although_nobody_ends_a_send(path: str, server:
             await client.get(f"{path}?size=100", leave_after_received=20)
     assert generators.events == ["clean"]
     assert ends == ["clean"]
+
+
+@on_asyncio
+async def test_no_leave_cancels_the_cleanup_of_a_generator_that_is_being_closed() -> None:
+    generators = Generators(cancel_on_disconnect, cleanup=LONGER_THAN_PATIENCE)
+    await Client(generators.app, server="gunicorn-h2").get("/raw?size=100", leave_after_received=20)
+    assert generators.events[-1:] == ["clean"]
 
 
 async def test_a_sync_generator_is_an_async_one_to_fastapi() -> None:
