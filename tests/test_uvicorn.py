@@ -17,6 +17,7 @@ import pytest
 
 SERVERS = {"h11 on asyncio": ("h11", "asyncio"), "httptools on uvloop": ("httptools", "uvloop")}
 TIMEOUT = 10  # seconds
+START_TIMEOUT = 60  # seconds; of a new environment every module is compiled first
 keys = count()
 
 
@@ -38,7 +39,7 @@ class Server:
             )
         host, port = self.address
         self.client = httpx.Client(base_url=f"http://{host}:{port}", timeout=TIMEOUT)
-        assert self.client.get("/").text == "ready"
+        assert self.client.get("/", timeout=START_TIMEOUT).text == "ready"
 
     def open(self, path: str) -> tuple[socket.socket, str]:
         """Send a request by hand, and return when its answer has begun, or its endpoint."""
