@@ -12,7 +12,6 @@ from anyio import (
     Event,
     create_task_group,
     get_cancelled_exc_class,
-    get_running_tasks,
     move_on_after,
     sleep,
 )
@@ -92,7 +91,8 @@ class _AsyncioCall(Call):
             self._cancel_scope.cancel()
             self.cancelled = True
             return
-        if self._shield.shield or not self._cancel_scope.cancel_called:
+        was_open = self._cancel_scope.cancel_called and not self._shield.shield
+        if not was_open:
             if not self.is_first() or self._host.cancelling() > self._base:  # somebody else is just cancelling the task
                 return
             self._cancel_scope.cancel()
@@ -100,8 +100,12 @@ class _AsyncioCall(Call):
         self.cancelled = self._host.cancelling() > self._base
         # A shielded host may have children in a task group of anyio's that were reached now. It must not leave that as
         # if they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
-        has_children = any(task.parent_id == id(self._host) for task in get_running_tasks())
-        self._shield.shield = self.cancelled or not has_children
+        self._shield.shield = self.cancelled or not (was_open or self._has_reached_children())
+
+    def _has_reached_children(self) -> bool:
+        if not any(task.cancelling() for task in asyncio.all_tasks() if task is not self._host):
+            return False
+        return id(self._host) in latecomers(self._host.get_loop()).are_parents()
 
 
 class _TrioCall(Call):

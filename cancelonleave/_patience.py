@@ -7,7 +7,7 @@ from contextvars import Context
 from functools import lru_cache
 from typing import Protocol
 
-from anyio import CancelScope
+from anyio import CancelScope, get_running_tasks
 
 # Seconds. A call that ends sooner never starts the wait, and a cancellation that can't be delivered yet is tried
 # again after as long (every 10 ms would cost 2 % of a core during somebody's long shield).
@@ -33,6 +33,7 @@ class Latecomers:
         self._new: set[Latecomer] = set()
         self._old: set[Latecomer] = set()
         self._ticking = False
+        self._parents: set[int | None] | None = None
 
     def add(self, latecomer: Latecomer) -> set[Latecomer]:
         """Return the set that the call is to be discarded from when it ends."""
@@ -42,6 +43,19 @@ class Latecomers:
             self._tick()
         return place
 
+    def are_parents(self) -> set[int | None]:
+        """Return the ids of tasks that have children in task groups of anyio's: found out once a turn, for all who ask.
+
+        It takes anyio 10 microseconds a task, and nobody can be reached whose task has begun since.
+        """
+        if self._parents is None:
+            self._parents = {task.parent_id for task in get_running_tasks()}
+            self._loop.call_soon(self._forget_parents, context=Context())
+        return self._parents
+
+    def _forget_parents(self) -> None:
+        self._parents = None
+
     def _tick(self) -> None:
         late, self._old, self._new = self._old, self._new, set()
         self._ticking = bool(self._old)
@@ -49,6 +63,15 @@ class Latecomers:
             self._loop.call_later(PATIENCE, self._tick, context=Context())  # not that of the request that came first
         for latecomer in late:
             latecomer.watch_now()
+
+
+def until_next_try() -> float:
+    """Return the seconds until all who could not be cancelled yet are tried again, in one turn of the event loop.
+
+    To look at a hundred tasks for them takes 1 ms (see `are_parents()`), which is to stay some 4 % of the time.
+    """
+    interval = PATIENCE * (1 + len(asyncio.all_tasks()) // 100)
+    return interval - asyncio.get_running_loop().time() % interval
 
 
 latecomers = lru_cache(maxsize=16)(Latecomers)  # by loop; where there are more loops, some calls get a timer alone

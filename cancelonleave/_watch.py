@@ -8,7 +8,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from typing import Any
 
-from ._patience import PATIENCE
+from ._patience import PATIENCE, until_next_try
 
 Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
 
@@ -83,7 +83,7 @@ class Watch:
         while due := [call for call in self.calls if not (call.told or call.cancelled)]:
             for call in due:
                 call.cancel()
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(until_next_try())
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self.ended()

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import anyio
@@ -14,6 +15,7 @@ import pytest
 import trio
 from anyio.lowlevel import checkpoint
 
+from cancelonleave import _patience
 from cancelonleave._cancellation import run
 from cancelonleave._patience import PATIENCE
 from cancelonleave._watch import Watch
@@ -184,6 +186,48 @@ async def test_a_task_group_of_anyio_is_cancelled_with_its_children() -> None:
 
     await bench.run(call)
     assert bench.seen == ["cancelled", "cancelled", "passed on", "rang"]
+
+
+@on_asyncio
+async def test_those_cancelled_at_once_do_not_each_look_at_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def look() -> list[anyio.TaskInfo]:
+        looks.append(len(seen))
+        return anyio.get_running_tasks()
+
+    monkeypatch.setattr(_patience, "get_running_tasks", look)
+    alarm = Alarm()
+    seen: list[str] = []
+
+    async def child() -> None:
+        try:
+            await anyio.sleep(60)
+        finally:
+            seen.append("child")
+
+    async def shielded() -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(child)
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(PATIENCE * 8)
+            seen.append("whole")
+        await anyio.sleep(60)
+
+    async def call(function: Callable[[], Awaitable[None]]) -> None:
+        with pytest.raises(Rang):
+            await run(watch_for(alarm), function())
+
+    for function in (partial(anyio.sleep, 60), shielded):
+        alarm.rung = anyio.Event()
+        with anyio.fail_after(10):
+            async with anyio.create_task_group() as task_group:
+                for _ in range(50):
+                    task_group.start_soon(call, function)
+                await anyio.sleep(PATIENCE * 3)
+                alarm.rung.set()
+        assert len(looks) <= (5 if seen else 0)
+    assert sorted(seen) == ["child"] * 50 + ["whole"] * 50
 
 
 async def test_a_result_wins_over_the_event() -> None:
