@@ -1,0 +1,104 @@
+"""Starts the servers that people run, each in a process of its own, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+# Modules for Python to run, with their arguments. A server that can be handed a socket that listens already gets one:
+# no port is guessed, and connections wait in it until the server is up.
+COMMANDS = {
+    "uvicorn-h11": "uvicorn {app} --fd {fd} --http h11 --loop asyncio --log-level warning",
+    "uvicorn-httptools": "uvicorn {app} --fd {fd} --http httptools --loop uvloop --log-level warning",
+    "hypercorn-asyncio": "hypercorn {app} --bind fd://{fd} --worker-class asyncio --log-level warning",
+    "hypercorn-uvloop": "hypercorn {app} --bind fd://{fd} --worker-class uvloop --log-level warning",
+    "hypercorn-trio": "hypercorn {app} --bind fd://{fd} --worker-class trio --log-level warning",
+    "granian-asyncio": "granian {app} --port {port} --interface asgi --loop asyncio --log-level warning",
+    "granian-uvloop": "granian {app} --port {port} --interface asgi --loop uvloop --log-level warning",
+    "gunicorn": "gunicorn {app} --bind fd://{fd} --worker-class asgi --log-level warning --no-control-socket",
+    "daphne": "daphne {app} --fd {fd} --verbosity 0",
+}
+# The others speak HTTP/2 on the same port, if the client begins with it; gunicorn does only that, then.
+COMMANDS["gunicorn-http2"] = COMMANDS["gunicorn"] + " --http-protocols h2 --http2-cleartext prior-knowledge"
+HTTP1 = [name for name in COMMANDS if name != "gunicorn-http2"]
+HTTP2 = [name for name in COMMANDS if name.startswith(("hypercorn", "granian", "gunicorn-http2"))]
+
+STARTS_WITHIN = 60  # seconds, on a machine with much else to do
+STOPS_WITHIN = 5  # seconds; some servers would wait for a request in flight for ever
+
+
+class Server:
+    """A server that has started, with an application that answers `GET /`.
+
+    Args:
+        name: One of `COMMANDS`.
+        app: The application, as "module:attribute"; modules are looked for in this directory.
+        log: The file for all that the server and the application write.
+        options: More arguments for the server.
+
+    Raises:
+        RuntimeError: If it does not start, with its log.
+    """
+
+    def __init__(self, name: str, app: str, log: Path, *options: str) -> None:
+        self.name = name
+        self._log = log
+        command = COMMANDS[name]
+        self._socket = socket.socket()
+        # Granian takes only the number of a port, and shares it. While this socket is bound to it, nobody else gets it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        if "{fd}" in command:
+            self._socket.listen(1024)
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self.url = "http://{}:{}".format(*self.address)
+        words = command.format(app=app, fd=self._socket.fileno(), port=self.address[1]).split()
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words, *options],
+                cwd=Path(__file__).parent,
+                pass_fds=[self._socket.fileno()],
+                start_new_session=True,  # so that its workers can be ended with it
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.stop(within=0)
+            raise
+
+    def stop(self, within: float = STOPS_WITHIN) -> str:
+        """Ask it to end, make it end after `within` seconds, and return its log."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(within)
+        with suppress(ProcessLookupError):  # it, and its workers, have ended by themselves
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._socket.close()
+        return self.log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def _wait_until_ready(self) -> None:
+        until = time.monotonic() + STARTS_WITHIN
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{self.name} has not started:\n{self.log}")
+            time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(self.address, timeout=1) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
+            return connection.recv(1) == b"H"
+        return False
