@@ -24,8 +24,8 @@ COMMANDS = {
     "gunicorn": "gunicorn {app} --bind fd://{fd} --worker-class asgi --log-level warning --no-control-socket",
     "daphne": "daphne {app} --fd {fd} --verbosity 0",
 }
-# The others speak HTTP/2 on the same port, if the client begins with it; gunicorn does only that, then.
-COMMANDS["gunicorn-http2"] = COMMANDS["gunicorn"] + " --http-protocols h2 --http2-cleartext prior-knowledge"
+# The others speak HTTP/2 as they are, if the client begins with it.
+COMMANDS["gunicorn-http2"] = COMMANDS["gunicorn"] + " --http-protocols h1,h2 --http2-cleartext both"
 HTTP1 = [name for name in COMMANDS if name != "gunicorn-http2"]
 HTTP2 = [name for name in COMMANDS if name.startswith(("hypercorn", "granian", "gunicorn-http2"))]
 
@@ -54,6 +54,9 @@ class Server:
         # Granian takes only the number of a port, and shares it. While this socket is bound to it, nobody else gets it.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._socket.bind(("127.0.0.1", 0))
+        # Connections inherit it. uvicorn takes a socket that it is handed for a Unix one, so asyncio doesn't set this,
+        # and each answer would wait 40 ms for the client's ACK.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if "{fd}" in command:
             self._socket.listen(1024)
         self.address: tuple[str, int] = self._socket.getsockname()

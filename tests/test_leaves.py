@@ -1,0 +1,70 @@
+"""Hundreds of clients that leave at any time, some just as they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+import time
+from collections import Counter
+
+from live_client import APPS, TIMEOUT, Live, groups
+
+LEAVES = 500
+AT_ONCE = 20
+ENDS = [
+    [],
+    ["on_disconnect"],  # its client had left before the endpoint could begin
+    ["begun", "answer"],
+    ["begun", "Cancelled", "clean", "on_disconnect"],
+    ["begun", "ClientDisconnect", "clean", "on_disconnect"],
+]
+
+
+async def visit(live: Live, key: str) -> None:
+    """Send a request, perhaps not all of it, that takes up to 0.1 s, and leave before its answer, with it, or after."""
+    after = random.uniform(0, 0.1)
+    target = f"/{random.choice(APPS)}/answer?key={key}&after={after}"
+    body = random.choice([0, 5, 5000])
+    reader, writer = await asyncio.open_connection(*live.address)
+    method = "POST" if body else "GET"
+    writer.write(f"{method} {target} HTTP/1.1\r\nHost: test\r\nContent-Length: {body}\r\n\r\n".encode())
+    writer.write(bytes(random.choice([body, body // 2])))
+    leave_after = random.choice([random.uniform(0, after), after + random.uniform(-0.001, 0.005), 0.2])
+    try:
+        async with asyncio.timeout(max(leave_after, 0)):
+            await reader.read(1)
+    except TimeoutError:
+        pass
+    if random.random() < 0.5:  # a RST instead of a FIN
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+
+
+async def visits(live: Live, group: str) -> None:
+    numbers = iter(range(LEAVES))
+
+    async def visit_again() -> None:
+        for number in numbers:
+            await visit(live, f"{group}.{number}")
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.create_task(visit_again())
+
+
+def test_each_request_ends_once_and_leaves_nothing_behind(live: Live) -> None:
+    group = str(next(groups))
+    before, records = live.census(), live.records()
+    asyncio.run(visits(live, group))
+    events = live.wait_for(group, lambda events: all(end in ENDS for end in events.values()))
+    assert [end for end in events.values() if end not in ENDS] == []
+    until = time.monotonic() + TIMEOUT
+    while (left := live.census() - before) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert left == {}
+    ends = Counter(end[-1] for end in events.values())
+    assert ends["answer"] > 0
+    assert ends["on_disconnect"] == live.records() - records > 0

@@ -1,0 +1,79 @@
+"""Streams and threads on real servers, whose clients leave or stay."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator
+
+import pytest
+
+from live_client import Live, Visits, groups
+
+ENDS = {
+    "/idle": ["Cancelled", "clean", "on_disconnect", "background"],
+    "/sync": ["clean", "on_disconnect"],
+}
+
+
+def begin(visits: Visits) -> None:
+    for connection in visits.connections.values():
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("path", ENDS)
+def test_a_stream_that_waits_stops_when_its_client_leaves(live: Live, path: str) -> None:
+    visits = Visits(live, path)
+    begin(visits)
+    visits.leave()
+    visits.have_seen(*ENDS[path])
+
+
+def test_a_stream_that_listens_itself_stops_when_its_client_leaves(live: Live) -> None:
+    visits = Visits(live, "/listening")
+    begin(visits)
+    visits.leave()
+    visits.have_ended_with("on_disconnect")
+    for events in visits.have_ended_with("background"):  # which it runs by itself, before or after
+        assert [event for event in events if event != "background"] == ["Cancelled", "clean", "on_disconnect"]
+
+
+def test_a_thread_that_asks_stops_when_its_client_leaves(live: Live) -> None:
+    visits = Visits(live, "/loop")
+    visits.have_seen("begun")
+    visits.leave()
+    visits.have_seen("begun", "Cancelled", "on_disconnect")
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_a_stream_that_is_sending_stops_when_its_client_leaves(live: Live, is_stuck: bool) -> None:
+    visits = Visits(live, "/busy")
+    begin(visits)
+    if is_stuck:
+        time.sleep(0.1)  # until the buffers are full, and send() waits
+    visits.leave()
+    for end, *rest in visits.have_ended_with("background"):
+        assert end in {"Cancelled", "GeneratorExit"}
+        assert rest == ["clean", "on_disconnect", "background"]
+
+
+def test_the_background_of_a_whole_stream_is_not_cancelled(live: Live) -> None:
+    group = str(next(groups))
+    assert live.client.get("/fastapi/whole", params={"key": f"{group}.it"}).text == "01234"
+    expected = {"it": ["background"]}
+    assert live.wait_for(group, expected.__eq__) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, 3_000_000])
+def test_what_is_read_while_it_is_sent_is_whole(live: Live, size: int) -> None:
+    body = bytes(number % 251 for number in range(size))
+
+    def slowly() -> Generator[bytes]:
+        for start in range(0, size, 32_768):
+            yield body[start : start + 32_768]
+            time.sleep(0.001)
+
+    digest = "sha256 " + hashlib.sha256(body).hexdigest()
+    assert live.client.post("/starlette/hashed", content=slowly()).text == digest
+    if size < 1_000_000:  # httpx sends all before it reads
+        assert live.client.post("/starlette/echo", content=slowly()).content == body

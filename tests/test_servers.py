@@ -1,0 +1,155 @@
+"""Endpoints on real servers, whose clients leave or stay."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from http.client import HTTPConnection
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+
+from live_client import APPS, TIMEOUT, Live, Visits, groups, response_on
+
+STOPPED = ["Cancelled", "clean", "on_disconnect"]
+INVITE_UNASKED = ("hypercorn", "daphne")  # a client that waits for "100 Continue"
+
+
+def test_an_endpoint_that_waits_stops_when_its_client_leaves(live: Live) -> None:
+    visits = Visits(live, "/wait")
+    visits.have_seen("begun")
+    visits.leave()
+    visits.have_seen("begun", *STOPPED)
+
+
+def test_an_endpoint_whose_body_fastapi_has_read_stops_when_its_client_leaves(live: Live) -> None:
+    headers = ["Content-Type: application/json", "Content-Length: 14"]
+    visits = Visits(live, "/take", *headers, method="POST", body=b'{"name":"tea"}', apps=APPS[:2])
+    visits.have_seen("took 1 items")
+    visits.leave()
+    visits.have_seen("took 1 items", *STOPPED)
+
+
+def test_an_endpoint_that_has_read_its_body_stops_when_its_client_leaves(live: Live) -> None:
+    visits = Visits(live, "/read", "Content-Length: 5", method="POST", body=b"12345")
+    visits.have_seen("reading", "read 5 bytes")
+    visits.leave()
+    visits.have_seen("reading", "read 5 bytes", *STOPPED)
+
+
+def test_an_endpoint_that_does_not_read_its_body_stops_when_its_client_leaves(live: Live) -> None:
+    visits = Visits(live, "/wait", "Content-Length: 5", method="POST", body=b"12345")
+    visits.have_seen("begun")
+    visits.leave()
+    visits.have_seen("begun", *STOPPED)
+
+
+@pytest.mark.parametrize(
+    ("path", "begin", "end"), [("/wait", "begun", "Cancelled"), ("/read", "reading", "ClientDisconnect")]
+)
+def test_an_endpoint_stops_when_its_client_leaves_in_mid_upload(live: Live, path: str, begin: str, end: str) -> None:
+    visits = Visits(live, path, "Content-Length: 100000", method="POST", body=bytes(5000))
+    starts = live.name != "daphne"  # which starts no endpoint before the whole body has arrived
+    visits.have_seen(*[begin] * starts)
+    visits.leave()
+    visits.have_seen(*[begin, end, "clean", "on_disconnect"] * starts)
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_no_byte_of_a_slow_upload_is_lost(live: Live, is_chunked: bool) -> None:
+    pieces = [random.randbytes(random.randint(1, 3000)) for _ in range(200)]
+    body = b"".join(pieces)
+    header = "Transfer-Encoding: chunked" if is_chunked else f"Content-Length: {len(body)}"
+    visits = Visits(live, "/digest", header, method="POST")
+    for piece in pieces:
+        visits.send(b"%x\r\n%b\r\n" % (len(piece), piece) if is_chunked else piece)
+        time.sleep(random.uniform(0, 0.001))
+    visits.send(b"0\r\n\r\n" * is_chunked)
+    digests = {case: response_on(connection) for case, connection in visits.connections.items()}
+    assert digests == dict.fromkeys(visits.connections, (200, hashlib.sha256(body).hexdigest().encode()))
+    visits.leave()
+
+
+def test_an_upload_is_refused_without_asking_for_it(live: Live) -> None:
+    visits = Visits(live, "/refuse", "Expect: 100-continue", "Content-Length: 5", method="POST")
+    for connection in visits.connections.values():
+        first = connection.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
+        if live.name.startswith(INVITE_UNASKED):
+            assert first == b"HTTP/1.1 100"
+            connection.sendall(b"12345")
+        assert response_on(connection)[0] == 413
+    visits.leave()
+
+
+def test_an_upload_is_asked_for_when_the_endpoint_reads(live: Live) -> None:
+    visits = Visits(live, "/answer", "Expect: 100-continue", "Content-Length: 5", method="POST")
+    for connection in visits.connections.values():
+        assert connection.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL) == b"HTTP/1.1 100"
+        connection.sendall(b"12345")
+        assert response_on(connection) == (200, b"5 bytes")
+    visits.leave()
+
+
+def test_a_connection_serves_a_thousand_requests(live: Live) -> None:
+    group = str(next(groups))
+    connection = HTTPConnection(*live.address, timeout=TIMEOUT)
+    connection.connect()
+    first = connection.sock
+    for number in range(1000):
+        after = 0.06 if number % 100 == 0 else 0  # longer than it takes until the watch begins, or not
+        app = "starlette-under-two" if number % 10 == 0 else "fastapi"
+        target = f"/{app}/answer?key={group}.&after={after}"
+        body = b"12345" * (number % 3)
+        connection.request("POST" if body else "GET", target, body or None)
+        assert connection.sock is first
+        assert connection.getresponse().read() == b"%d bytes" % len(body)
+    connection.close()
+    assert live.events(group) == {"": ["begun", "answer"] * 1000}
+
+
+def test_what_runs_in_the_background_of_an_answer_is_not_cancelled(live: Live) -> None:
+    visits = Visits(live, "/work-on")
+    for connection in visits.connections.values():
+        assert response_on(connection) == (200, b"answer")
+    visits.leave()
+    visits.have_seen("background")
+
+
+async def ask_with_little_patience(live: Live, group: str) -> None:
+    async def lose_it(scope: anyio.CancelScope) -> None:
+        await anyio.to_thread.run_sync(live.wait_for, group, bool)
+        scope.deadline = anyio.current_time()
+
+    async with httpx.AsyncClient(base_url=live.url, trust_env=False) as client, anyio.create_task_group() as tasks:
+        with anyio.fail_after(TIMEOUT) as scope:
+            tasks.start_soon(lose_it, scope)
+            await client.get("/fastapi/wait", params={"key": f"{group}.httpx"})
+
+
+def test_an_http_client_that_loses_patience_has_left(live: Live) -> None:
+    group = str(next(groups))
+    with pytest.RaisesGroup(TimeoutError):
+        anyio.run(ask_with_little_patience, live, group)
+    expected = {"httpx": ["begun", *STOPPED]}
+    assert live.wait_for(group, expected.__eq__) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_curl_that_is_killed_has_left(live: Live, number: signal.Signals) -> None:
+    group = str(next(groups))
+    code = f"import pycurl; c = pycurl.Curl(); c.setopt(c.URL, '{live.url}/fastapi/wait?key={group}.curl'); c.perform()"
+    curl = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert live.wait_for(group, bool) == {"curl": ["begun"]}
+    finally:
+        curl.send_signal(number)
+        curl.wait(TIMEOUT)
+    expected = {"curl": ["begun", *STOPPED]}
+    assert live.wait_for(group, expected.__eq__) == expected
