@@ -18,6 +18,12 @@ from servers import STOPS_WITHIN, Server
 
 APPS = ["fastapi", "fastapi-under-two", "starlette", "starlette-under-two"]
 RECORD = re.compile(r"(GET|POST) /\S+: stopped after \d+\.\d{3} s, the client left")
+# These two cancel applications some seconds after the leave, which on a busy machine could come before we do.
+OPTIONS = {
+    "daphne": ["--application-close-timeout", "60"],
+    "gunicorn": ["--asgi-disconnect-grace-period", "60"],
+    "gunicorn-http2": ["--asgi-disconnect-grace-period", "60"],
+}
 # asyncio writes this at the fifth write on a lost connection, and hypercorn writes until it has told the application.
 NOISE = {"hypercorn-asyncio": "socket.send() raised exception."}
 TIMEOUT = 30  # seconds, on a machine with much else to do
@@ -29,8 +35,8 @@ Events = dict[str, list[str]]
 class Live(Server):
     """A server with the live application."""
 
-    def __init__(self, name: str, log: Path, *options: str) -> None:
-        super().__init__(name, "live:app", log, *options)
+    def __init__(self, name: str, log: Path) -> None:
+        super().__init__(name, "live:app", log, *OPTIONS.get(name, []))
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT, trust_env=False)
 
     def stop(self, within: float = STOPS_WITHIN) -> str:

@@ -30,6 +30,7 @@ HTTP1 = [name for name in COMMANDS if name != "gunicorn-http2"]
 HTTP2 = [name for name in COMMANDS if name.startswith(("hypercorn", "granian", "gunicorn-http2"))]
 
 STARTS_WITHIN = 60  # seconds, on a machine with much else to do
+SAYS_WITHIN = 30
 STOPS_WITHIN = 5  # seconds; some servers would wait for a request in flight for ever
 
 
@@ -64,7 +65,7 @@ class Server:
         words = command.format(app=app, fd=self._socket.fileno(), port=self.address[1]).split()
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *words, *options],
+                [sys.executable, "-u", "-m", *words, *options],
                 cwd=Path(__file__).parent,
                 pass_fds=[self._socket.fileno()],
                 start_new_session=True,  # so that its workers can be ended with it
@@ -92,6 +93,12 @@ class Server:
     @property
     def log(self) -> str:
         return self._log.read_text(encoding="utf-8")
+
+    def wait_for_log(self, text: str) -> None:
+        """Return once the log has the text, or when it seems that it won't."""
+        until = time.monotonic() + SAYS_WITHIN
+        while text not in self.log and time.monotonic() < until:
+            time.sleep(0.01)
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + STARTS_WITHIN

@@ -4,14 +4,13 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cancelonleave.testing import Client
+from servers import Server
 from work import TRUSTS_SEND
 
 README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
@@ -24,35 +23,15 @@ def block(begin: str) -> str:
     return found[1]
 
 
-@contextmanager
-def served(directory: Path) -> Generator[tuple[subprocess.Popen[str], tuple[str, int]]]:
-    """Serve the example with uvicorn, on a port that is open before the server starts."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-u", "-m", "uvicorn", "report:app", "--log-level", "warning", "--fd"]
-        server = subprocess.Popen(
-            [*command, str(listener.fileno())],
-            cwd=directory,
-            pass_fds=[listener.fileno()],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        with server:
-            try:
-                yield server, listener.getsockname()
-            finally:
-                server.kill()
-
-
 def test_the_example_prints_what_the_readme_says(tmp_path: Path) -> None:
     tmp_path.joinpath("report.py").write_text(block("python"), encoding="utf-8")
-    with served(tmp_path) as (server, address):
-        assert server.stdout is not None
-        with socket.create_connection(address, timeout=30) as client:
-            client.sendall(b"GET /report HTTP/1.1\r\nHost: test\r\n\r\n")
-            lines = server.stdout.readline()
-        lines += server.stdout.readline()
-        assert lines == block("text")
+    server = Server("uvicorn-h11", "report:app", tmp_path / "log", "--app-dir", str(tmp_path))
+    with socket.create_connection(server.address, timeout=30) as client:
+        client.sendall(b"GET /report HTTP/1.1\r\nHost: test\r\n\r\n")
+        server.wait_for_log("working")
+    server.wait_for_log("stopped")
+    log = server.stop()
+    assert log == block("text")
 
 
 @pytest.mark.parametrize("name", ["test_orders.py", "test_events.py"])

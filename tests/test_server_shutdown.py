@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,7 @@ def test_the_end_of_the_server_is_not_taken_for_a_leave(name: str, tmp_path: Pat
     server = Server(name, "going_down:app", tmp_path / "log", *GRACE[name.split("-")[0]])
     with socket.create_connection(server.address, timeout=TIMEOUT) as connection:
         connection.sendall(b"GET /wait HTTP/1.1\r\nHost: test\r\n\r\n")
-        until = time.monotonic() + TIMEOUT
-        while "begun" not in server.log and time.monotonic() < until:
-            time.sleep(0.01)
+        server.wait_for_log("begun")
         log = server.stop(within=TIMEOUT if name in CANCEL else 2).splitlines()
     assert "begun" in log
     assert ("cancelled" in log) == (name in CANCEL)
