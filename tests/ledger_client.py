@@ -14,8 +14,8 @@ import pytest
 from anyio import CapacityLimiter, create_task_group, create_udp_socket, fail_after, run, sleep
 from anyio.abc import SocketAttribute
 
-from live_client import leave
 from ledger import SCHEMA
+from live_client import leave
 from servers import STOPS_WITHIN, Server
 
 AT_ONCE = 20  # twice as many as there are connections in a pool

@@ -1,0 +1,69 @@
+"""One service of a chain: it has the next one do the work, or does it itself if it is the last."""
+
+from __future__ import annotations
+
+import os
+from asyncio import Barrier, gather
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+import anyio
+from fastapi import FastAPI, Request
+from httpx2 import AsyncClient, Limits
+
+from cancelonleave import cancel_on_disconnect
+
+POOL_SIZE = 10
+
+# httpcore, of the first httpx, may lose a place in its pool for good when a request that queues for one is cancelled.
+next_service = os.environ.get("NEXT", "")
+client = AsyncClient(base_url=next_service, limits=Limits(max_connections=POOL_SIZE), timeout=60, trust_env=False)
+all_here = Barrier(POOL_SIZE)
+working: set[Request] = set()
+
+
+@asynccontextmanager
+async def close_pool(_: FastAPI) -> AsyncGenerator[None]:
+    async with client:
+        yield
+
+
+app = FastAPI(lifespan=close_pool)
+
+
+async def ask_next(path: str) -> None:
+    (await client.get(path)).raise_for_status()
+
+
+@app.get("/")
+async def show() -> int:
+    """Return how many requests are worked on."""
+    return len(working)
+
+
+@app.get("/work")
+@cancel_on_disconnect
+async def work(request: Request) -> None:
+    working.add(request)
+    try:
+        await (ask_next("/work") if next_service else anyio.sleep_forever())
+    finally:
+        working.remove(request)
+
+
+@app.get("/pass")
+@cancel_on_disconnect
+async def pass_on() -> None:
+    if next_service:
+        await ask_next("/pass")
+
+
+@app.get("/meet")
+async def meet() -> None:
+    """Return when as many requests as a pool has connections are here at the same time."""
+    await all_here.wait()
+
+
+@app.get("/use_all")
+async def use_all() -> None:
+    await gather(*(ask_next("/meet") for _ in range(POOL_SIZE)))
