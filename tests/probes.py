@@ -186,7 +186,7 @@ async def end(exchange: Exchange) -> str:
 
 
 async def end_when_read(exchange: Exchange) -> str:
-    if await end(exchange) == "stops":
-        return "stops"
+    before = await end(exchange)
     read = await exchange.ask("body")
-    return "when it reads" if read == "ClientDisconnect" or await end(exchange) == "stops" else "runs on"
+    is_told = read == "ClientDisconnect" or await end(exchange) == "stops"
+    return "when it reads" if before == "runs on" and is_told else before
