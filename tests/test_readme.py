@@ -1,77 +1,141 @@
+"""The README: Sybil runs the code of each section, as somebody who reads it would."""
+
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import httpx
 import pytest
+from sybil import Example
+from sybil.document import Document
+from sybil.parsers.markdown import CodeBlockParser
 
-from cancelonleave.testing import Client
-from servers import Server
+from readme import README, TEXT, block, module
 from work import TRUSTS_SEND
 
-README = Path(__file__).parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+HEADINGS = ["# cancelonleave", *re.findall(r"^## .+$", TEXT, re.MULTILINE)]
+TIMEOUT = 60  # seconds
 
 
-def block(begin: str) -> str:
-    """Return the first block of code whose language, and whatever more is given of it, is this."""
-    found = re.search(rf"^```(?={begin}\n)\w+\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    assert found is not None
-    return found[1]
+def run_pytest(directory: Path, name: str, code: str) -> str:
+    directory.joinpath(name).write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest"],
+        cwd=directory,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    ).stdout
 
 
-def test_the_example_prints_what_the_readme_says(tmp_path: Path) -> None:
-    tmp_path.joinpath("report.py").write_text(block("python"), encoding="utf-8")
-    server = Server("uvicorn-h11", "report:app", tmp_path / "log", "--app-dir", str(tmp_path))
-    with socket.create_connection(server.address, timeout=30) as client:
-        client.sendall(b"GET /report HTTP/1.1\r\nHost: test\r\n\r\n")
-        server.wait_for_log("working")
-    server.wait_for_log("stopped")
-    log = server.stop()
-    assert log == block("text")
+class Reader:
+    """Somebody who does with the code of a section what the README tells them to do."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "log"
+        self.stack = ExitStack()
+        self.url = ""
+
+    def python(self, example: Example) -> None:
+        name = example.parsed.split(maxsplit=2)[1]
+        self.directory.joinpath(name).write_text(example.parsed, encoding="utf-8")
+        if name.startswith("test_"):
+            output = run_pytest(self.directory, name, example.parsed)
+            assert re.search(r"^=+ \d+ passed in ", output, re.MULTILINE), output
+        else:
+            module(name)
+
+    def sh(self, example: Example) -> None:
+        command, *arguments = shlex.split(example.parsed)
+        if command == "uvicorn":
+            self.uvicorn(*arguments)
+        else:
+            assert command == "curl"
+            self.curl(*arguments)
+
+    def uvicorn(self, *arguments: str) -> None:
+        listener = self.stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        log = self.stack.enter_context(self.log.open("wb"))
+        command = [sys.executable, "-m", "uvicorn", *arguments, "--fd", str(listener.fileno())]
+        server = subprocess.Popen(
+            command, cwd=self.directory, pass_fds=[listener.fileno()], stdout=log, stderr=subprocess.STDOUT
+        )
+        self.stack.callback(server.wait)
+        self.stack.callback(server.kill)
+        self.url = "http://{}:{}".format(*listener.getsockname())
+        assert httpx.get(f"{self.url}/openapi.json", timeout=TIMEOUT).is_success  # it has started
+
+    def curl(self, option: str, seconds: str, url: str) -> None:
+        assert option == "--max-time"
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(url.replace("http://127.0.0.1:8000", self.url), timeout=float(seconds))
+
+    def text(self, example: Example) -> None:
+        until = time.monotonic() + TIMEOUT / 2  # without the decorator it takes 60 s
+        while self.log.read_text() != example.parsed and time.monotonic() < until:
+            time.sleep(0.01)
+        assert self.log.read_text() == example.parsed
 
 
-@pytest.mark.parametrize("name", ["test_orders.py", "test_events.py"])
-def test_the_examples_of_tests_pass(name: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    tmp_path.joinpath(name).write_text(block(f"python\n# {name}"), encoding="utf-8")
-    warnings = "\n  ".join(["filterwarnings =", *pytestconfig.getini("filterwarnings")])  # -W takes no patterns
-    tmp_path.joinpath("pytest.ini").write_text(f"[pytest]\n{warnings}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    reader = Reader(tmp_path)
+    with reader.stack:
+        yield reader
+
+
+def parse(
+    python: Callable[[Example], None], sh: Callable[[Example], None], text: Callable[[Example], None]
+) -> Document:
+    parsers = [CodeBlockParser("python", python), CodeBlockParser("sh", sh), CodeBlockParser("text", text)]
+    return Document.parse(str(README), *parsers)
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_the_code_of_a_section_does_what_it_says(heading: str, reader: Reader) -> None:
+    begin = TEXT.index(f"{heading}\n")
+    end = TEXT.find("\n## ", begin) % len(TEXT)
+    for example in parse(python=reader.python, sh=reader.sh, text=reader.text).examples():
+        if begin < example.start < end:
+            example.evaluate()
 
 
 def test_what_is_said_of_the_stream_behind_gunicorn_is_true(tmp_path: Path) -> None:
-    example = block("python\n# test_events.py").replace('["uvicorn", ', '["gunicorn", "strict", "uvicorn", ')
-    tmp_path.joinpath("test_events.py").write_text(example, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:trio"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert ("2 failed, 4 passed" if TRUSTS_SEND else "6 passed") in done.stdout
-    assert ("still ran 1 s after the client left" in done.stdout) == TRUSTS_SEND
+    code = block("test_events.py").replace('["uvicorn", ', '["gunicorn", "strict", "uvicorn", ')
+    output = run_pytest(tmp_path, "test_events.py", code)
+    assert ("2 failed, 4 passed" if TRUSTS_SEND else "6 passed") in output
+    assert ("still ran 1 s after the client left" in output) == TRUSTS_SEND
 
 
-def test_there_are_two_commands_that_set_everything_up() -> None:
-    commands = re.findall(r"^    (python3 -m venv .*)$", README, re.MULTILINE)
+def test_no_code_is_left_out() -> None:
+    """But for two commands, which `.ci/run` runs, and the diagram."""
+    fenced = re.compile(r"^```(.*)\n(?:.*\n)*?```$", re.MULTILINE)
+    languages = fenced.findall(TEXT)
+    assert set(languages) == {"python", "sh", "text", ""}
+    assert languages.count("") == 1
+    commands = re.findall(
+        r"^ {4}(\S.*)$", re.sub(r"^```.*\n(?:.*\n)*?```$", "", TEXT, flags=re.MULTILINE), re.MULTILINE
+    )
     assert [command.split(" -m ")[-1] for command in commands] == ["cancelonleave", "pytest -n 4"]
 
 
-def example(name: str) -> Any:  # Any: an ASGI application
-    """Run a file of the README's and return its application."""
-    names: dict[str, Any] = {}  # Any: whatever is in it
-    exec(compile(block(f"python\n# {name}"), name, "exec"), names)
-    return names["app"]
+def test_what_it_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!https://)([^)]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not README.parent.joinpath(link).is_file()] == []
 
 
-@pytest.mark.anyio
-async def test_the_sync_example_stops_when_its_client_leaves() -> None:
-    exchange = await Client(example("primes.py")).get("/primes?below=10000000", leave_after=0.1)
-    assert exchange.status == 499
-
-
-@pytest.mark.anyio
-async def test_the_sync_example_finds_primes() -> None:
-    exchange = await Client(example("primes.py")).get("/primes?below=12")
-    assert exchange.json() == [2, 3, 5, 7, 11]
+def test_the_changelog_begins_with_this_version() -> None:
+    assert f"## Changelog\n\n### {metadata.version('cancelonleave')}\n" in TEXT

@@ -29,6 +29,7 @@ from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave._items import _in_threads
 from cancelonleave.testing import SERVERS, Client
 from conftest import BACKENDS
+from readme import module
 from work import LONGER_THAN_PATIENCE, ask
 
 pytestmark = pytest.mark.anyio
@@ -324,3 +325,23 @@ async def test_a_function_that_returns_an_awaitable_has_it_awaited() -> None:  #
 
     exchange = await ask(Starlette(routes=[Route("/", cancel_on_disconnect(endpoint))]))
     assert exchange.text == "result"
+
+
+async def test_the_sync_example_of_the_readme_stops_when_its_client_leaves() -> None:
+    exchange = await ask(module("primes.py")["app"], "/primes?below=10000000", leave_after=0.1)
+    assert exchange.status == 499
+
+
+async def test_the_sync_example_of_the_readme_finds_primes() -> None:
+    exchange = await ask(module("primes.py")["app"], "/primes?below=12")
+    assert exchange.json() == [2, 3, 5, 7, 11]
+
+
+async def test_the_route_class_of_the_readme_stops_sync_endpoints_too() -> None:
+    loop = Loop()
+    app = FastAPI()
+    app.router.route_class = module("everywhere.py")["StoppingRoute"]
+    app.get("/")(loop.__call__)
+    exchange = await ask(app, leave_when=loop.begun)
+    assert exchange.status == 499
+    assert loop.events[1:] == ["cleaned up"]
