@@ -21,7 +21,7 @@ from starlette.background import BackgroundTasks
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import SERVERS, Client
-from test_readme import example
+from readme import module
 from virtual import BACKENDS
 from work import LONGER_THAN_PATIENCE, on_trio, undecorated
 
@@ -270,7 +270,7 @@ async def test_a_dependency_with_yield_rolls_back_when_the_client_leaves_and_com
 
 
 async def test_the_readmes_example_stops_when_its_client_leaves() -> None:
-    exchange = await Client(example("countdown.py")).get("/countdown", leave_after=0.1)
+    exchange = await Client(module("countdown.py")["app"]).get("/countdown", leave_after=0.1)
     assert exchange.error is None
     assert exchange.text == "59\n"
 

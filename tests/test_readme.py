@@ -10,33 +10,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib import metadata
 from pathlib import Path
 
+import fastapi
 import httpx
 import pytest
+from fastapi.exceptions import FastAPIError
 from sybil import Example
 from sybil.document import Document
 from sybil.parsers.markdown import CodeBlockParser
 
-from readme import README, TEXT, block, module
+from readme import README, TEXT, module
 from work import TRUSTS_SEND
 
 HEADINGS = ["# cancelonleave", *re.findall(r"^## .+$", TEXT, re.MULTILINE)]
 TIMEOUT = 60  # seconds
+TOO_NEW = set[str]() if hasattr(fastapi, "sse") else {"countdown.py"}  # the example of what came with FastAPI 0.134
 
 
-def run_pytest(directory: Path, name: str, code: str) -> str:
-    directory.joinpath(name).write_text(code, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest"],
-        cwd=directory,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    ).stdout
+# Of what Starlette 0.40, the oldest allowed, imports.
+FILTER = "error\n  ignore:Please use .import python_multipart. instead:PendingDeprecationWarning"
 
 
 class Reader:
@@ -52,10 +47,22 @@ class Reader:
         name = example.parsed.split(maxsplit=2)[1]
         self.directory.joinpath(name).write_text(example.parsed, encoding="utf-8")
         if name.startswith("test_"):
-            output = run_pytest(self.directory, name, example.parsed)
-            assert re.search(r"^=+ \d+ passed in ", output, re.MULTILINE), output
+            self.pytest(name)
         else:
-            module(name)
+            with pytest.raises(FastAPIError) if name in TOO_NEW else nullcontext():
+                module(name)
+
+    def pytest(self, name: str) -> None:
+        self.directory.joinpath("pytest.ini").write_text(f"[pytest]\nfilterwarnings = {FILTER}\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", name],
+            cwd=self.directory,
+            env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def sh(self, example: Example) -> None:
         command, *arguments = shlex.split(example.parsed)
@@ -112,11 +119,11 @@ def test_the_code_of_a_section_does_what_it_says(heading: str, reader: Reader) -
             example.evaluate()
 
 
-def test_what_is_said_of_the_stream_behind_gunicorn_is_true(tmp_path: Path) -> None:
-    code = block("test_events.py").replace('["uvicorn", ', '["gunicorn", "strict", "uvicorn", ')
-    output = run_pytest(tmp_path, "test_events.py", code)
-    assert ("2 failed, 4 passed" if TRUSTS_SEND else "6 passed") in output
-    assert ("still ran 1 s after the client left" in output) == TRUSTS_SEND
+@pytest.mark.parametrize("server", ["gunicorn", "strict"])
+def test_what_is_said_of_the_stream_behind_gunicorn_is_true(server: str) -> None:
+    test = module("test_events.py")["test_events_end_when_the_client_leaves"]
+    with pytest.raises(AssertionError, match="still ran 1 s after") if TRUSTS_SEND else nullcontext():
+        test(server)
 
 
 def test_no_code_is_left_out() -> None:

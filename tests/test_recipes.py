@@ -1,4 +1,4 @@
-"""What the README says of its examples, and of the ways to do without this library."""
+"""What the README says of its examples for FastAPI."""
 
 from __future__ import annotations
 
@@ -13,25 +13,14 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import StreamingResponse
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from prometheus_client import REGISTRY
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
 
 from cancelonleave import cancel_on_disconnect
-from cancelonleave.testing import Client
 from readme import TEXT, module
 from virtual import anyio_backend as anyio_backend
 from work import ask
 
 pytestmark = pytest.mark.anyio
-
-
-async def test_the_starlette_example_stops_when_its_client_leaves() -> None:
-    exchange = await ask(module("plain.py")["app"], "/report", leave_after=0.1)
-    assert exchange.status == 499
 
 
 async def test_the_payment_is_whole_when_the_client_leaves_in_its_middle() -> None:
@@ -132,35 +121,3 @@ async def test_a_route_class_stops_every_endpoint(prefix: str) -> None:
     exchange = await ask(everywhere.app, f"{prefix}/stream?seconds=60", leave_after_received=1)
     assert exchange.text == "begun "
     assert everywhere.did == ["on_disconnect", "closed"]
-
-
-async def body_after_asking(request: Request) -> PlainTextResponse:
-    assert not await request.is_disconnected()
-    return PlainTextResponse(await request.body())
-
-
-@pytest.mark.parametrize("decorated", [True, False])
-async def test_asking_is_disconnected_loses_a_piece_of_the_body_unless_decorated(decorated: bool) -> None:
-    endpoint = cancel_on_disconnect(body_after_asking) if decorated else body_after_asking
-    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
-    exchange = await ask(app, "/", "POST", content=[b"lost", b" kept"])
-    assert exchange.text == ("lost kept" if decorated else " kept")
-
-
-async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    return await call_next(request)
-
-
-@pytest.mark.parametrize("decorated", [True, False])
-async def test_is_disconnected_sees_nothing_behind_a_base_http_middleware_unless_decorated(decorated: bool) -> None:
-    async def endpoint(request: Request) -> None:
-        try:
-            await anyio.sleep(1)
-        finally:
-            seen.append(await request.is_disconnected())
-
-    seen: list[bool] = []
-    guarded = cancel_on_disconnect(endpoint) if decorated else endpoint
-    app = Starlette(routes=[Route("/", guarded)], middleware=[Middleware(BaseHTTPMiddleware, dispatch=pass_on)])
-    await Client(app).get("/", leave_after=0.5)
-    assert seen == [decorated]
