@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +41,6 @@ async def test_nothing_blocks_the_event_loop() -> None:
 
 @pytest.mark.parametrize("options", [["-O"], ["-OO"]], ids=" ".join)
 def test_leaves_are_the_same_without_assertions(options: list[str]) -> None:
-    command = [sys.executable, *options, "-X", "dev", Path(leaves.__file__)]
+    command = [sys.executable, *options, "-X", "dev", leaves.__file__]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout, done.returncode) == (f"{leaves.EXPECTED}\n", 0), done.stderr

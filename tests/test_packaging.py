@@ -1,19 +1,58 @@
+"""What users get: the packages and what is in them, and what an import brings with it."""
+
 from __future__ import annotations
 
+import pydoc
+import re
 import subprocess
 import sys
-from importlib import metadata, resources
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from hatchling.build import build_sdist, build_wheel
 
 import cancelonleave
+import cancelonleave.testing
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = {
+    path.relative_to(ROOT).as_posix()
+    for path in ROOT.joinpath("cancelonleave").rglob("*")
+    if path.suffix == ".py" or path.name == "py.typed"
+}
+# Of what isn't the standard library's, it may bring only itself, and parts of anyio that anyio loads when asked.
+IMPORT = """
+import sys
+import anyio, anyio.lowlevel, typing_extensions
+import starlette.background, starlette.concurrency, starlette.responses, starlette.websockets
+before = set(sys.modules)
+import cancelonleave
+new = {name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+print(sorted(new), "fastapi" in sys.modules, "cancelonleave.testing" in sys.modules)
+"""
+
+
+def run(*arguments: str) -> tuple[str, str, int]:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout, done.stderr, done.returncode
 
 
 def test_what_users_import_is_all_there_is() -> None:
     assert cancelonleave.__all__ == ["ClientClosedRequest", "cancel_on_disconnect"]
-    assert all(hasattr(cancelonleave, name) for name in cancelonleave.__all__)
+    assert cancelonleave.testing.__all__ == ["SERVERS", "Client", "Exchange", "Options", "Sent"]
+    for module in (cancelonleave, cancelonleave.testing):
+        assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_the_types_are_for_all_to_see() -> None:
-    assert resources.files(cancelonleave).joinpath("py.typed").is_file()
+def test_help_tells_what_there_is_to_know() -> None:
+    text = pydoc.plain(pydoc.render_doc(cancelonleave.cancel_on_disconnect))
+    assert text.startswith("Python Library Documentation: function cancel_on_disconnect in module cancelonleave")
+    assert "Cancel an endpoint when its client leaves.\n" in text
+    sections = re.findall(r"^ +(\w+):", text[text.index("Args:") - 4 :], re.MULTILINE)
+    assert sections == ["Args", "endpoint", "on_disconnect", "Raises", "TypeError"]
 
 
 def test_it_needs_three_packages_and_no_more() -> None:
@@ -21,8 +60,47 @@ def test_it_needs_three_packages_and_no_more() -> None:
     assert sorted(entry.split(">=")[0] for entry in needed) == ["anyio", "starlette", "typing-extensions"]
 
 
-def test_importing_it_is_silent_and_does_not_import_fastapi() -> None:
-    program = "import sys, cancelonleave; assert 'fastapi' not in sys.modules"
+def test_importing_it_is_silent_and_imports_nothing_else() -> None:
     warnings = ["-W", "error", "-W", "ignore::PendingDeprecationWarning"]  # one of Starlette 0.40's own
-    done = subprocess.run([sys.executable, *warnings, "-c", program], capture_output=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert run(*warnings, "-c", IMPORT) == ("['anyio', 'cancelonleave'] False False\n", "", 0)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("dist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # where the builders expect to be
+        build_wheel(str(directory))
+        build_sdist(str(directory))
+    return directory
+
+
+def wheel(built: Path) -> zipfile.ZipFile:
+    return zipfile.ZipFile(next(built.glob("*.whl")))
+
+
+def test_the_wheel_is_the_package_its_types_and_its_licence(built: Path) -> None:
+    with wheel(built) as archive:
+        names = set(archive.namelist())
+    described = f"cancelonleave-{metadata.version('cancelonleave')}.dist-info"
+    assert names - PACKAGE == {f"{described}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    assert names > PACKAGE
+
+
+def test_the_sdist_is_what_it_takes_to_build_and_try_the_package(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    top = {name.partition("/")[0] for name in names}
+    assert top == {
+        *(".gitignore", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"),
+        *("benchmarks", "cancelonleave", "tests"),
+    }
+    assert {name for name in names if name.startswith("cancelonleave/")} == PACKAGE
+
+
+def test_the_description_links_to_nothing_beside_it(built: Path) -> None:
+    with wheel(built) as archive:
+        description = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert any(link.endswith("/raw/main/benchmarks/timeline.svg") for link in links)
+    assert [link for link in links if not link.startswith("https://")] == []
