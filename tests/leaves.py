@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 @asynccontextmanager
-async def cleanup() -> AsyncIterator[None]:
+async def cleanup() -> AsyncGenerator[None]:
     try:
         yield
     finally:

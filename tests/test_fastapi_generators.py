@@ -21,7 +21,6 @@ from starlette.background import BackgroundTasks
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import SERVERS, Client
-from readme import module
 from virtual import BACKENDS
 from work import LONGER_THAN_PATIENCE, on_trio, undecorated
 
@@ -267,12 +266,6 @@ async def test_a_dependency_with_yield_rolls_back_when_the_client_leaves_and_com
         exchange = await Client(app).get(path, leave_when=generators.idle if left else anyio.Event())
         assert exchange.error is None
     assert events == ["rollback", "commit"]
-
-
-async def test_the_readmes_example_stops_when_its_client_leaves() -> None:
-    exchange = await Client(module("countdown.py")["app"]).get("/countdown", leave_after=0.1)
-    assert exchange.error is None
-    assert exchange.text == "59\n"
 
 
 @on_asyncio
