@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -36,7 +37,7 @@ print(sorted(new), "fastapi" in sys.modules, "cancelonleave.testing" in sys.modu
 
 
 def run(*arguments: str) -> tuple[str, str, int]:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False)
     return done.stdout, done.stderr, done.returncode
 
 
@@ -65,30 +66,27 @@ def test_importing_it_is_silent_and_imports_nothing_else() -> None:
     assert run(*warnings, "-c", IMPORT) == ("['anyio', 'cancelonleave'] False False\n", "", 0)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dist")
+def build(builder: Callable[[str], str], directory: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # where the builders expect to be
-        build_wheel(str(directory))
-        build_sdist(str(directory))
-    return directory
+        return directory / builder(str(directory))
 
 
-def wheel(built: Path) -> zipfile.ZipFile:
-    return zipfile.ZipFile(next(built.glob("*.whl")))
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(build(build_wheel, tmp_path_factory.mktemp("wheel"))) as wheel:
+        yield wheel
 
 
-def test_the_wheel_is_the_package_its_types_and_its_licence(built: Path) -> None:
-    with wheel(built) as archive:
-        names = set(archive.namelist())
+def test_the_wheel_is_the_package_its_types_and_its_licence(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
     described = f"cancelonleave-{metadata.version('cancelonleave')}.dist-info"
     assert names - PACKAGE == {f"{described}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     assert names > PACKAGE
 
 
-def test_the_sdist_is_what_it_takes_to_build_and_try_the_package(built: Path) -> None:
-    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+def test_the_sdist_is_what_it_takes_to_build_and_try_the_package(tmp_path: Path) -> None:
+    with tarfile.open(build(build_sdist, tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     top = {name.partition("/")[0] for name in names}
     assert top == {
@@ -98,9 +96,8 @@ def test_the_sdist_is_what_it_takes_to_build_and_try_the_package(built: Path) ->
     assert {name for name in names if name.startswith("cancelonleave/")} == PACKAGE
 
 
-def test_the_description_links_to_nothing_beside_it(built: Path) -> None:
-    with wheel(built) as archive:
-        description = next(archive.read(name).decode() for name in archive.namelist() if name.endswith("METADATA"))
+def test_the_description_links_to_nothing_beside_it(wheel: zipfile.ZipFile) -> None:
+    description = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith("METADATA"))
     links = re.findall(r"\]\(([^)]+)\)", description)
     assert any(link.endswith("/raw/main/benchmarks/timeline.svg") for link in links)
     assert [link for link in links if not link.startswith("https://")] == []
