@@ -1,132 +1,118 @@
-"""How many microseconds one request costs more under `cancel_on_disconnect`, and under three other ways to its end."""
+"""How many microseconds one request costs more under `cancel_on_disconnect`, and under the other ways to its end."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import gc
-import json
-import platform
 import random
-from collections.abc import Callable, Coroutine
-from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from statistics import median
 from time import process_time
 from typing import Any, NamedTuple
 
 import anyio
+import trio
 import uvloop
-from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Scope
 
-from cancelonleave import cancel_on_disconnect
+import charts
+import report
+from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
 
-Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]  # Any: nothing is sent into an endpoint, nor yielded
-Decorator = Callable[[Endpoint], Endpoint]
 Blocks = dict[str, list[float]]  # by contestant: the mean microseconds a request, of each block
-
-BARE, OURS, ARTICLE, FASTAPI_DISCONNECT = "undecorated", "cancelonleave", "article", "fastapi-disconnect"
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+Call = Callable[[], Awaitable[None]]
 
 
-# The contestants: each as short as the job allows, so none is slower here than it need be.
+class Backend(NamedTuple):
+    """What runs the benchmark."""
+
+    name: str
+    options: dict[str, Any]  # Any: anyio's own type for them
+    in_task: Callable[[Call], Awaitable[None]]  # as servers do for each request
+    forever: Callable[[], Awaitable[None]]
 
 
-def article(endpoint: Endpoint) -> Endpoint:
-    """Run endpoint and watcher in a task group, the pattern of "Understanding client disconnection in FastAPI"."""
+async def asyncio_task(call: Call) -> None:
+    async def run() -> None:
+        await call()
 
-    async def guarded(request: Request) -> Response:
-        response = Response()
-
-        async def watch() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-
-        async def respond() -> None:
-            nonlocal response
-            response = await endpoint(request)
-
-        async with anyio.create_task_group() as task_group:
-
-            async def wrap(call: Callable[[], Coroutine[Any, Any, None]]) -> None:  # Any: as for an endpoint
-                await call()
-                task_group.cancel_scope.cancel()
-
-            task_group.start_soon(wrap, watch)
-            await wrap(respond)
-        return response
-
-    return guarded
+    await asyncio.create_task(run())
 
 
-def polling(endpoint: Endpoint) -> Endpoint:
-    """Run the endpoint in a task, and ask every 10 ms whether the client is gone."""
-
-    async def guarded(request: Request) -> Response:
-        task = asyncio.create_task(endpoint(request))
-        while not (await asyncio.wait((task,), timeout=0.01))[0]:
-            if await request.is_disconnected():
-                task.cancel()
-        return await task
-
-    return guarded
+async def asyncio_forever() -> None:
+    await asyncio.get_running_loop().create_future()
 
 
-def contestants() -> dict[str, Decorator]:
-    """Return those that are installed, each under its name in the tables."""
-    decorators: dict[str, Decorator] = {BARE: lambda endpoint: endpoint, OURS: cancel_on_disconnect, ARTICLE: article}
-    try:
-        # By name, so that type checkers don't miss it where it can't be installed.
-        decorators[FASTAPI_DISCONNECT] = import_module("fastapi_disconnect").cancel_on_disconnect
-    except ImportError:
-        print(f"Without {FASTAPI_DISCONNECT}, which is not installed. (It needs Python 3.12 or newer.)\n")
-    decorators["polling"] = polling
-    return decorators
+async def trio_task(call: Call) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+
+
+BACKENDS = {
+    "asyncio": Backend("asyncio", {}, asyncio_task, asyncio_forever),
+    "uvloop": Backend("asyncio", {"loop_factory": uvloop.new_event_loop}, asyncio_task, asyncio_forever),
+    "trio": Backend("trio", {}, trio_task, trio.sleep_forever),
+}
+ON_TRIO = [BARE, OURS, ARTICLE]
 
 
 async def at_once(request: Request) -> Response:
     """Never suspend: the event loop doesn't turn."""
-    return PlainTextResponse("done")
+    return JSONResponse({"done": True})
 
 
 async def three_awaits(request: Request) -> Response:
     """Suspend for a turn of the event loop, three times."""
     for _ in range(3):
-        await asyncio.sleep(0)
-    return PlainTextResponse("done")
+        await anyio.lowlevel.checkpoint()
+    return JSONResponse({"done": True})
 
 
 async def one_millisecond(request: Request) -> Response:
     """Wait as for a fast database, while the others run."""
-    await asyncio.sleep(0.001)
-    return PlainTextResponse("done")
+    await anyio.sleep(0.001)
+    return JSONResponse({"done": True})
 
 
 class Case(NamedTuple):
-    """One column: an endpoint, and how many clients call it, each again as soon as it has its answer."""
+    """One column: an endpoint, what is around it, and how many clients call it, each again when it has its answer."""
 
     endpoint: Endpoint
-    concurrent: int
+    framework: str = "Starlette"
+    concurrent: int = 1
+    middleware: bool = False
 
 
 CASES = {
-    "at once": Case(at_once, 1),
-    "3 awaits": Case(three_awaits, 1),
-    "1 ms, 100 at a time": Case(one_millisecond, 100),
+    "at once": Case(at_once),
+    "3 awaits": Case(three_awaits),
+    "1 ms, 100 at a time": Case(one_millisecond, concurrent=100),
+    "under BaseHTTPMiddleware": Case(at_once, middleware=True),
+    "FastAPI": Case(at_once, "FastAPI"),
 }
 
 
-async def request_once(app: ASGIApp) -> None:
+async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    return await call_next(request)
+
+
+def build(case: Case, guard: Guard) -> ASGIApp:
+    app = application(case.framework, guard, {"/": case.endpoint})
+    return BaseHTTPMiddleware(app, pass_on) if case.middleware else app
+
+
+async def request_once(app: ASGIApp, backend: Backend) -> None:
     """Send a GET whose client stays: after the empty body, receive() is pending for as long as anybody waits."""
     scope: Scope = {
         "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
         "method": "GET",
         "path": "/",
+        "root_path": "",
         "query_string": b"",
         "headers": [(b"host", b"localhost"), (b"accept", b"*/*"), (b"user-agent", b"benchmark")],
     }
@@ -135,7 +121,7 @@ async def request_once(app: ASGIApp) -> None:
     async def receive() -> Message:
         nonlocal asked
         if asked:
-            await asyncio.get_running_loop().create_future()
+            await backend.forever()
         asked = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
@@ -145,31 +131,33 @@ async def request_once(app: ASGIApp) -> None:
     await app(scope, receive, send)
 
 
-async def block(app: ASGIApp, requests: int, concurrent: int) -> float:
+async def block(app: ASGIApp, backend: Backend, requests: int, concurrent: int) -> float:
     """Return the microseconds of processor time that a request takes on average; what it waits doesn't count."""
     each = max(requests // concurrent, 1)
 
     async def client() -> None:
         for _ in range(each):
-            await request_once(app)
+            await backend.in_task(lambda: request_once(app, backend))
 
     began = process_time()
-    await asyncio.gather(*(client() for _ in range(concurrent)))
+    async with anyio.create_task_group() as clients:
+        for _ in range(concurrent):
+            clients.start_soon(client)
     return (process_time() - began) / (each * concurrent) * 1e6
 
 
-async def measure(case: Case, decorators: dict[str, Decorator], rounds: int, requests: int) -> Blocks:
+async def measure(case: Case, guards: dict[str, Guard], backend: Backend, rounds: int, requests: int) -> Blocks:
     """Run a block for each contestant in each round, in random order, so that nobody has the same neighbour always."""
-    apps = {name: Starlette(routes=[Route("/", decorate(case.endpoint))]) for name, decorate in decorators.items()}
+    apps = {name: build(case, guard) for name, guard in guards.items()}
     blocks: Blocks = {name: [] for name in apps}
     names = list(apps)
     for app in apps.values():
-        await block(app, requests, case.concurrent)  # warm up
+        await block(app, backend, requests, case.concurrent)  # warm up
     for _ in range(rounds):
         random.shuffle(names)
         for name in names:
             gc.collect()  # the garbage of the one before is not for this one to clear away
-            blocks[name].append(await block(apps[name], requests, case.concurrent))
+            blocks[name].append(await block(apps[name], backend, requests, case.concurrent))
     return blocks
 
 
@@ -178,45 +166,40 @@ def added(blocks: Blocks, name: str) -> float:
     return median(mine - bare for mine, bare in zip(blocks[name], blocks[BARE], strict=True))
 
 
-def print_table(loop: str, results: dict[str, Blocks]) -> None:
-    """Print what each contestant adds in each case, as Markdown."""
-
-    def row(title: str, cells: list[str]) -> None:
-        print(f"| {title:36} |", "".join(f" {cell:>19} |" for cell in cells), sep="")
-
+def table(backend: str, results: dict[str, Blocks]) -> str:
+    """Return what each contestant adds in each case."""
     columns = list(results.values())
-    row(f"{loop}: microseconds a request", list(results))
-    print(f"|{'-' * 38}|{'--------------------:|' * len(columns)}")
-    row(BARE, [f"{median(blocks[BARE]):.1f}" for blocks in columns])
+    rows = {BARE: [f"{median(blocks[BARE]):.1f}" for blocks in columns]}
     for name in columns[0]:
         if name != BARE:
-            row(f"added by {name}", [f"+{added(blocks, name):.1f}" for blocks in columns])
+            rows[f"added by {name}"] = [f"{added(blocks, name):+.1f}" for blocks in columns]
     for name in (ARTICLE, FASTAPI_DISCONNECT):
         if name in columns[0]:
-            row(f"{OURS} / {name}", [f"{added(blocks, OURS) / added(blocks, name):.2f}" for blocks in columns])
-    print()
+            rows[f"{OURS} / {name}"] = [f"{added(blocks, OURS) / added(blocks, name):.2f}" for blocks in columns]
+    return report.table(f"{backend}: microseconds a request", list(results), rows)
 
 
 def main() -> None:
-    """Measure everything on both loops, printing each loop's table when it is done."""
+    """Measure everything on all backends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21, help="blocks of each contestant (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=1000, help="requests in a block (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw numbers there")
     options = parser.parse_args()
-    decorators = contestants()
-    packages = ["anyio", "starlette", "uvloop"] + [FASTAPI_DISCONNECT] * (FASTAPI_DISCONNECT in decorators)
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    print(", ".join(f"{name} {number}" for name, number in versions.items()), end="\n\n")
-    microseconds: dict[str, dict[str, Blocks]] = {}
-    for loop, factory in LOOPS.items():
-        microseconds[loop] = {}
-        for title, case in CASES.items():
-            with asyncio.Runner(loop_factory=factory) as runner:
-                microseconds[loop][title] = runner.run(measure(case, decorators, options.rounds, options.requests))
-        print_table(loop, microseconds[loop])
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "microseconds": microseconds}, indent=1) + "\n")
+    results: dict[str, dict[str, Blocks]] = {}
+    for title, backend in BACKENDS.items():
+        guards = {name: guard for name, guard in contestants().items() if title != "trio" or name in ON_TRIO}
+        results[title] = {}
+        for column, case in CASES.items():
+            arguments = (case, guards, backend, options.rounds, options.requests)
+            results[title][column] = anyio.run(
+                measure, *arguments, backend=backend.name, backend_options=backend.options
+            )
+    on_uvloop = results["uvloop"]
+    names = [name for name in next(iter(on_uvloop.values())) if name != BARE]
+    numbers = {name: {column: added(blocks, name) for column, blocks in on_uvloop.items()} for name in names}
+    charts.bars("overhead", "Added to a request on uvloop, in microseconds of processor time", numbers)
+    tables = [table(title, columns) for title, columns in results.items()]
+    report.save("overhead", tables, results, {"overhead": "What each contestant adds to a request on uvloop"})
 
 
 if __name__ == "__main__":

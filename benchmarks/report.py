@@ -1,0 +1,84 @@
+"""Writes what a benchmark has measured: table, raw numbers, and all tables into the README.
+
+    python benchmarks/report.py
+
+puts the tables that were written last between the README's markers.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PACKAGES = ["anyio", "starlette", "fastapi", "uvloop", "httptools", "uvicorn", "hypercorn", "granian", "gunicorn"]
+PACKAGES += ["daphne", "trio", "asyncpg", "fastapi-disconnect", "aiofence"]
+
+Rows = dict[str, list[str]]
+
+
+def table(corner: str, columns: list[str], rows: Rows) -> str:
+    """Return a Markdown table; a cell of a row that is missing at its end stays empty."""
+    widths = [max(len(cell) for cell in (title, *cells)) for title, *cells in zip(columns, *rows.values(), strict=True)]
+    first = max(len(title) for title in (corner, *rows))
+    lines = [f"| {corner:{first}} |" + "".join(f" {c:>{w}} |" for c, w in zip(columns, widths, strict=True))]
+    lines.append(f"|{'-' * (first + 2)}|" + "".join(f"{'-' * (w + 1)}:|" for w in widths))
+    for title, cells in rows.items():
+        lines.append(f"| {title:{first}} |" + "".join(f" {c:>{w}} |" for c, w in zip(cells, widths, strict=True)))
+    return "\n".join(lines) + "\n"
+
+
+def save(name: str, tables: list[str], raw: Any, pictures: dict[str, str] | None = None) -> None:  # Any: JSON
+    """Print the tables, and write them with the pictures that belong to them, and the raw numbers.
+
+    Args:
+        name: Of the benchmark.
+        tables: In Markdown.
+        raw: The numbers.
+        pictures: What each picture shows, by the name of its file without the ending.
+    """
+    shown = [f"![{text}](results/{picture}.svg)\n" for picture, text in (pictures or {}).items()]
+    text = "\n".join([*tables, *shown])
+    print(text)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    everything = {"machine": machine(), "versions": versions(), "numbers": raw}
+    (RESULTS / f"{name}.json").write_text(json.dumps(everything) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """Return a line about the machine."""
+    cores = len(re.findall("^processor", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+    return f"{cores} cores, {platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that take part, where they are installed."""
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def main() -> None:
+    """Put machine, versions and the tables that were written last between the README's markers."""
+    path = HERE / "README.md"
+    text = path.read_text(encoding="utf-8")
+    parts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(RESULTS.glob("*.md"))}
+    parts["machine"] = f"Machine: {machine()}.\nVersions: {', '.join(f'{n} {v}' for n, v in versions().items())}.\n"
+    for name, part in parts.items():
+        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+        text = between.sub(lambda _, part=part: f"\n{part}\n", text)
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
