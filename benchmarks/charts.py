@@ -1,15 +1,19 @@
 """Draws the pictures, legible on white and on black."""
 
+# matplotlib gives its **kwargs no types.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from textwrap import fill
-
-from matplotlib import rcParams
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, MIDDLEWARE, OURS
 from report import RESULTS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GREY = "#808080"  # reads on both
 COLOURS = {
@@ -26,8 +30,6 @@ COLOURS = {
 WIDTH, HEIGHT = 8.0, 3.6  # inches, of 100 pixels
 
 Numbers = dict[str, dict[str, float]]  # by contestant, then by group or place on the x-axis
-
-rcParams.update({"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "cancelonleave", "font.family": "sans-serif"})
 
 
 def bars(file: str, title: str, numbers: Numbers) -> None:
@@ -55,6 +57,11 @@ def lines(file: str, title: str, under: str, numbers: Numbers) -> None:
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
+    # Here, since server processes import this room by the way, and would take seconds longer to start.
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams.update({"font.family": "sans-serif", "svg.fonttype": "none", "svg.hashsalt": "cancelonleave"})
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, color=GREY, loc="left", fontsize=11)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import anyio
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -87,7 +88,7 @@ def polling(endpoint: Endpoint) -> Endpoint:
             if await request.is_disconnected():
                 task.cancel()
                 await asyncio.wait((task,))
-                return Response(status_code=499)
+                raise HTTPException(499)  # those that are published raise, too
         return task.result()
 
     return guarded

@@ -12,16 +12,15 @@ from time import process_time
 from typing import Any, NamedTuple
 
 import anyio
+import charts
+import report
 import trio
 import uvloop
+from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Scope
-
-import charts
-import report
-from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
 
 Blocks = dict[str, list[float]]  # by contestant: the mean microseconds a request, of each block
 Call = Callable[[], Awaitable[None]]

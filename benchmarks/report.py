@@ -10,14 +10,29 @@ from __future__ import annotations
 import json
 import platform
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = ["anyio", "starlette", "fastapi", "uvloop", "httptools", "uvicorn", "hypercorn", "granian", "gunicorn"]
-PACKAGES += ["daphne", "trio", "asyncpg", "fastapi-disconnect", "aiofence"]
+PACKAGES = [
+    "anyio",
+    "starlette",
+    "fastapi",
+    "uvloop",
+    "httptools",
+    "uvicorn",
+    "hypercorn",
+    "granian",
+    "gunicorn",
+    "daphne",
+    "trio",
+    "psycopg",
+    "fastapi-disconnect",
+    "aiofence",
+]
 
 Rows = dict[str, list[str]]
 
@@ -61,10 +76,8 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that take part, where they are installed."""
     found: dict[str, str] = {}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return found
 
 
@@ -75,8 +88,10 @@ def main() -> None:
     parts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(RESULTS.glob("*.md"))}
     parts["machine"] = f"Machine: {machine()}.\nVersions: {', '.join(f'{n} {v}' for n, v in versions().items())}.\n"
     for name, part in parts.items():
-        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
-        text = between.sub(lambda _, part=part: f"\n{part}\n", text)
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, marker, rest = text.partition(begin)
+        if marker:
+            text = f"{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}"
     path.write_text(text, encoding="utf-8")
 
 

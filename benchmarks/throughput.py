@@ -6,17 +6,17 @@ import argparse
 import asyncio
 import random
 import re
+from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any
-
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp
 
 import charts
 import report
 from contestants import BARE, FRAMEWORKS, OURS, Endpoint, application, contestants
 from serving import Server, serve
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
 CONNECTIONS = [1, 64]
@@ -38,9 +38,9 @@ def app(contestant: str, framework: str) -> ASGIApp:
     return application(framework, contestants()[contestant], {"/": endpoint})
 
 
-async def load(server: Server, connections: int, seconds: float) -> float:
+async def load(server: Server, connections: int, seconds: int) -> float:
     """Return the requests a second that wrk gets answered, by its own count."""
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", f"http://127.0.0.1:{server.port}/"]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}/"]
     wrk = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output = (await wrk.communicate())[0].decode()
     if wrk.returncode or "Non-2xx" in output or "Socket errors" in output:
@@ -50,16 +50,20 @@ async def load(server: Server, connections: int, seconds: float) -> float:
     return float(found[1])
 
 
-async def measure(server: str, framework: str, rounds: int, seconds: float) -> Rates:
-    """Serve each contestant in each round, in random order."""
+async def measure(server: str, framework: str, rounds: int, seconds: int) -> Rates:
+    """Serve everybody, and load one after the other in each round, in random order."""
     names = list(contestants())
-    rates: Rates = {f"{framework}, {n} connections": {name: [] for name in names} for n in CONNECTIONS}
-    for _ in range(rounds):
-        for name in random.sample(names, len(names)):
-            async with serve(server, "throughput", name, framework) as running:
-                await load(running, max(CONNECTIONS), 1)  # warm up
-                for number, column in zip(CONNECTIONS, rates, strict=True):
-                    rates[column][name].append(await load(running, number, seconds))
+    rates: Rates = {f"{framework}, {number} at a time": {name: [] for name in names} for number in CONNECTIONS}
+    async with AsyncExitStack() as stack:
+        running = {
+            name: await stack.enter_async_context(serve(server, "throughput", name, framework)) for name in names
+        }
+        for name in names:
+            await load(running[name], max(CONNECTIONS), 1)  # warm up
+        for _ in range(rounds):
+            for number, column in zip(CONNECTIONS, rates.values(), strict=True):
+                for name in random.sample(names, len(names)):
+                    column[name].append(await load(running[name], number, seconds))
     return rates
 
 
@@ -81,7 +85,7 @@ def main() -> None:
     """Measure everything; `wrk` must be installed, as by `apt install wrk`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="of each contestant (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=5, help="of load (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=5, help="of load (default: %(default)s)")
     parser.add_argument("--servers", nargs="+", default=SERVERS, help="some of: %(default)s")
     options = parser.parse_args()
     results: dict[str, Rates] = {}
@@ -92,7 +96,7 @@ def main() -> None:
     tables = [table(server, rates) for server, rates in results.items()]
     first = next(iter(results.values()))
     names = [OURS, *(name for name in next(iter(first.values())) if name not in (BARE, OURS))]
-    numbers = {name: {column: 100 * share(rates[column], name) for column in (rates := first)} for name in names}
+    numbers = {name: {column: 100 * share(rates, name) for column, rates in first.items()} for name in names}
     title = f"Requests a second on {next(iter(results))}, in percent of the undecorated"
     charts.bars("throughput", title, numbers)
     report.save("throughput", tables, results, {"throughput": title})

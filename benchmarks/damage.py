@@ -1,0 +1,181 @@
+"""What is left behind in a database when clients leave in the middle of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated, Any, LiteralString
+
+import report
+from contestants import Endpoint, contestants
+from database import POOL_SIZE, Pool, open_pool, postgres
+from fastapi import Depends, FastAPI, Request
+from psycopg import AsyncConnection
+from serving import TIMEOUT, Server, serve
+from starlette.types import ASGIApp
+
+CLIENTS = 10  # at once
+LEAVES = (0.1, 0.3)  # seconds after which a client leaves: at random between these
+WORK = 0.4  # seconds that an endpoint takes
+TABLES = """
+CREATE TABLE locks (id int PRIMARY KEY);
+CREATE TABLE jobs (id int PRIMARY KEY, state text);
+CREATE TABLE postings (id int, side text);
+CREATE TABLE computed (id int);
+"""
+FOUND: dict[str, LiteralString] = {
+    "locks left held": "SELECT count(*) FROM locks",
+    "jobs left running": "SELECT count(*) FROM jobs WHERE state = 'running'",
+    "half-committed": "SELECT count(*) FROM (SELECT id FROM postings GROUP BY id HAVING count(*) = 1) halves",
+    "queries computed for nobody": "SELECT count(*) FROM computed",
+}
+
+Counts = dict[str, int]
+
+counts = {"begun": 0, "ended": 0, "endpoints run to their end": 0}
+
+
+@contextmanager
+def counted() -> Generator[None]:
+    """Note that an endpoint begins and ends."""
+    counts["begun"] += 1
+    try:
+        yield
+        counts["endpoints run to their end"] += 1
+    finally:
+        counts["ended"] += 1
+
+
+async def lock(request: Request, key: int) -> None:
+    """Hold a lock that is a row, as one in Redis is a key."""
+    pool: Pool = request.state.pool
+    with counted():
+        async with pool.connection() as connection:
+            try:
+                await connection.execute("INSERT INTO locks VALUES (%s)", [key])
+                await asyncio.sleep(WORK)
+            finally:
+                await connection.execute("DELETE FROM locks WHERE id = %s", [key])
+
+
+async def job(request: Request, key: int) -> None:
+    """Keep a job's state in a row, and take no connection for longer than that needs."""
+    pool: Pool = request.state.pool
+    with counted():
+        try:
+            async with pool.connection() as connection:
+                await connection.execute("INSERT INTO jobs VALUES (%s, 'running')", [key])
+            await asyncio.sleep(WORK)
+        finally:
+            async with pool.connection() as connection:
+                await connection.execute("UPDATE jobs SET state = 'stopped' WHERE id = %s", [key])
+
+
+async def transaction(request: Request) -> AsyncGenerator[AsyncConnection]:
+    """Commit what the endpoint has done, unless it fails: FastAPI's own pattern for a session."""
+    pool: Pool = request.state.pool
+    async with pool.connection() as connection, connection.transaction():
+        yield connection
+
+
+async def transfer(request: Request, key: int, connection: Annotated[AsyncConnection, Depends(transaction)]) -> None:
+    """Write two rows that belong together, some time apart."""
+    with counted():
+        await connection.execute("INSERT INTO postings VALUES (%s, 'debit')", [key])
+        await asyncio.sleep(WORK)
+        await connection.execute("INSERT INTO postings VALUES (%s, 'credit')", [key])
+
+
+async def query(request: Request, key: int) -> None:
+    """Have the database compute, which leaves a row if it comes to its end."""
+    pool: Pool = request.state.pool
+    with counted():
+        async with pool.connection() as connection:
+            await connection.execute(f"SELECT pg_sleep({WORK}); INSERT INTO computed VALUES ({key})".encode())
+
+
+CASES: dict[str, Endpoint] = {"/lock": lock, "/job": job, "/transfer": transfer, "/query": query}
+
+
+async def show(request: Request) -> Counts:
+    pool: Pool = request.state.pool
+    return {**counts, "connections replaced": pool.get_stats()["connections_num"] - POOL_SIZE}
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any]]:  # Any: as Starlette has it
+    async with open_pool() as pool:
+        yield {"pool": pool}
+
+
+def app(contestant: str, framework: str) -> ASGIApp:
+    guard = contestants()[contestant]
+    api = FastAPI(lifespan=lifespan)
+    for path, endpoint in CASES.items():
+        api.get(path, response_model=None)(guard.decorate(endpoint))
+    api.get("/state")(show)
+    return guard.wrap(api)
+
+
+async def leave(server: Server, path: str, leaves: int) -> None:
+    """Ask so many times, and leave in the middle of it."""
+    keys = iter(range(leaves))
+
+    async def client() -> None:
+        for key in keys:
+            connection = await server.open(f"{path}?key={key}")
+            await asyncio.sleep(random.uniform(*LEAVES))
+            connection.close()
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+
+
+async def at_rest(server: Server) -> Counts:
+    """Return the server's own counts when all that has begun has ended, and a second has passed since."""
+    async with asyncio.timeout(TIMEOUT):
+        before: Counts = {}
+        while True:
+            counts: Counts = await server.get("/state")
+            if counts == before and counts["begun"] == counts["ended"]:
+                return counts
+            before = counts
+            await asyncio.sleep(1)
+
+
+async def measure(contestant: str, leaves: int) -> Counts:
+    """Serve a contestant beside an empty database, and count what is left in the end."""
+    database = await AsyncConnection.connect(autocommit=True)
+    async with database, serve("uvicorn", "damage", contestant, "FastAPI") as server:
+        await database.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public; {TABLES}".encode())
+        for path in CASES:
+            await leave(server, path, leaves)
+            await at_rest(server)
+        counts = await at_rest(server)
+        found = {name: await _count(database, query) for name, query in FOUND.items()}
+    return found | {name: number for name, number in counts.items() if name not in ("begun", "ended")}
+
+
+async def _count(database: AsyncConnection, query: LiteralString) -> int:
+    row = await (await database.execute(query)).fetchone()
+    assert row is not None
+    number: int = row[0]
+    return number
+
+
+def main() -> None:
+    """Measure everybody on uvicorn and FastAPI."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--leaves", type=int, default=200, help="of each case (default: %(default)s)")
+    options = parser.parse_args()
+    with postgres():
+        results = {name: asyncio.run(measure(name, options.leaves)) for name in contestants()}
+    columns = list(next(iter(results.values())))
+    rows = {name: [str(number) for number in counts.values()] for name, counts in results.items()}
+    report.save("damage", [report.table(f"of {options.leaves} leaves each", columns, rows)], results)
+
+
+if __name__ == "__main__":
+    main()
