@@ -48,7 +48,7 @@ def postgres() -> Generator[None]:
             )
 
         run("initdb", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync", "--username=postgres")
-        options = f"-c fsync=off -c listen_addresses='' -c max_connections=300 -c unix_socket_directories='{data}'"
+        options = f"-c fsync=off -c listen_addresses='' -c max_connections=1000 -c unix_socket_directories='{data}'"
         try:
             run("pg_ctl", "start", "-o", options, "-l", str(data / "log"))
             os.environ |= {"PGHOST": str(data), "PGUSER": "postgres"}

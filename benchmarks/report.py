@@ -17,22 +17,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PACKAGES = [
-    "anyio",
-    "starlette",
-    "fastapi",
-    "uvloop",
-    "httptools",
-    "uvicorn",
-    "hypercorn",
-    "granian",
-    "gunicorn",
-    "daphne",
-    "trio",
-    "psycopg",
-    "fastapi-disconnect",
-    "aiofence",
-]
+PACKAGES = ["anyio", "starlette", "fastapi", "uvloop", "httptools", "uvicorn", "hypercorn", "granian", "gunicorn"]
+PACKAGES.extend(["daphne", "trio", "psycopg", "fastapi-disconnect", "aiofence"])
 
 Rows = dict[str, list[str]]
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import random
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from statistics import median, quantiles
 from time import monotonic
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import report
 from contestants import contestants
 from database import Pool, open_pool, postgres
 from fastapi import FastAPI
-from serving import serve
+from serving import Server, serve
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -68,50 +68,52 @@ async def patient(client: httpx.AsyncClient, until: float, waits: list[float], a
             answered.append(monotonic())
 
 
-async def impatient(client: httpx.AsyncClient) -> None:
+async def impatient(server: Server) -> None:
     """Ask, leave, and ask again, for ever."""
     while True:
         await asyncio.sleep(random.uniform(*AGAIN))
-        with suppress(httpx.TimeoutException):
-            await client.get("/slow", timeout=PATIENCE)
+        connection = await server.open("/slow")
+        await asyncio.sleep(PATIENCE)
+        connection.close()
 
 
 async def storm(contestant: str, number: int, seconds: float) -> Outcome:
     """Let so many impatient clients ask beside the patient ones, on a server that has just started."""
-    async with serve("uvicorn", "savings", contestant, "FastAPI") as server:
-        limits = httpx.Limits(max_connections=None)
-        base_url = f"http://127.0.0.1:{server.port}"
-        async with httpx.AsyncClient(base_url=base_url, limits=limits, trust_env=False) as client:
-            others = [asyncio.create_task(impatient(client)) for _ in range(number)]
-            waits: list[float] = []
-            answered: list[float] = []
-            until = monotonic() + seconds
-            await asyncio.gather(*(patient(client, until, waits, answered) for _ in range(PATIENT)))
-            for other in others:
-                other.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+    async with (
+        serve("uvicorn", "savings", contestant, "FastAPI") as server,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client,
+    ):
+        others = [asyncio.create_task(impatient(server)) for _ in range(number)]
+        waits: list[float] = []
+        answered: list[float] = []
+        until = monotonic() + seconds
+        await asyncio.gather(*(patient(client, until, waits, answered) for _ in range(PATIENT)))
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
     return Outcome(sum(time < until for time in answered) / seconds, waits)
 
 
-def measure(rounds: int, seconds: float) -> dict[str, dict[int, list[Outcome]]]:
-    """Measure everybody in each round, in random order."""
+async def measure(rounds: int, seconds: float) -> dict[str, dict[int, list[Outcome]]]:
+    """Have the storm on all servers at the same time: what they do there is wait."""
     names = list(contestants())
     outcomes: dict[str, dict[int, list[Outcome]]] = {name: {number: [] for number in IMPATIENT} for name in names}
-    with postgres():
-        for _ in range(rounds):
-            for number in IMPATIENT:
-                for name in random.sample(names, len(names)):
-                    outcomes[name][number].append(asyncio.run(storm(name, number, seconds)))
+    for _ in range(rounds):
+        for number in IMPATIENT:
+            found = await asyncio.gather(*(storm(name, number, seconds) for name in names))
+            for name, outcome in zip(names, found, strict=True):
+                outcomes[name][number].append(outcome)
     return outcomes
 
 
 def main() -> None:
     """Measure everybody on uvicorn."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="of each storm (default: %(default)s)")
     options = parser.parse_args()
-    outcomes = measure(options.rounds, options.seconds)
+    with postgres():
+        outcomes = asyncio.run(measure(options.rounds, options.seconds))
     useful: charts.Numbers = {}
     worst: charts.Numbers = {}
     for name, by_number in outcomes.items():

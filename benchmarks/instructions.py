@@ -1,0 +1,92 @@
+"""How many machine instructions one request costs more: they repeat, as microseconds don't."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import charts
+import report
+from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, contestants
+from overhead import BACKENDS, CASES, block, build
+
+WARM_UP = 100  # requests
+FEW, MANY = 100, 500  # requests: what a process costs by itself falls out of the difference
+COUNTED = ["at once", "3 awaits"]  # the others depend on the clock, or take too long
+
+
+async def run(case: str, contestant: str, requests: int) -> None:
+    """Answer so many requests, under valgrind."""
+    app = build(CASES[case], contestants()[contestant])
+    await block(app, BACKENDS["asyncio"], WARM_UP, 1)
+    gc.collect()
+    gc.disable()  # or where it falls would depend on the number of requests
+    await block(app, BACKENDS["asyncio"], requests, 1)
+
+
+def instructions(case: str, contestant: str, requests: int) -> int:
+    """Return how many a process takes for so many requests."""
+    script = [sys.executable, __file__, "--run", case, contestant, str(requests)]
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "log"
+        valgrind = [
+            "valgrind",
+            "--tool=cachegrind",
+            "--cache-sim=no",
+            f"--log-file={log}",
+            "--cachegrind-out-file=/dev/null",
+        ]
+        subprocess.run([*valgrind, *script], check=True, env={**os.environ, "PYTHONHASHSEED": "0"})
+        found = re.search(r"I +refs: +([\d,]+)", log.read_text())
+    assert found is not None
+    return int(found[1].replace(",", ""))
+
+
+def measure(names: list[str]) -> dict[str, dict[str, float]]:
+    """Return the instructions of a request, in thousands, by contestant and case."""
+    return {
+        name: {
+            case: (instructions(case, name, MANY) - instructions(case, name, FEW)) / (MANY - FEW) / 1000
+            for case in COUNTED
+        }
+        for name in names
+    }
+
+
+def main() -> None:
+    """Count for everybody; `valgrind` must be installed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", nargs=3, metavar=("CASE", "CONTESTANT", "REQUESTS"), help="what is to be counted")
+    parser.add_argument("--only", nargs="+", default=list(contestants()), help="some of: %(default)s")
+    options = parser.parse_args()
+    if options.run:
+        case, contestant, requests = options.run
+        asyncio.run(run(case, contestant, int(requests)))
+        return
+    thousands = measure(options.only)
+    added = {
+        name: {case: number - thousands[BARE][case] for case, number in row.items()} for name, row in thousands.items()
+    }
+    rows = {BARE: [f"{number:.1f}" for number in thousands[BARE].values()]}
+    rows |= {
+        f"added by {name}": [f"{each:+.1f}" for each in row.values()] for name, row in added.items() if name != BARE
+    }
+    for name in (ARTICLE, FASTAPI_DISCONNECT):
+        if name in added:
+            rows[f"{OURS} / {name}"] = [f"{added[OURS][case] / added[name][case]:.3f}" for case in COUNTED]
+    charts.bars(
+        "instructions", "Thousands of instructions added to a request", {n: r for n, r in added.items() if n != BARE}
+    )
+    tables = [report.table("asyncio: thousands of instructions a request", COUNTED, rows)]
+    report.save("instructions", tables, thousands, {"instructions": "Thousands of instructions added to a request"})
+
+
+if __name__ == "__main__":
+    main()
