@@ -40,7 +40,7 @@ def bars(file: str, title: str, numbers: Numbers) -> None:
         at = [group + (place - (len(numbers) - 1) / 2) * width for group in range(len(values))]
         axes.bar(at, list(values.values()), width * 0.9, label=name, color=COLOURS[name])
     groups = list(next(iter(numbers.values())))
-    axes.set_xticks(range(len(groups)), [fill(group, 16) for group in groups])
+    axes.set_xticks(range(len(groups)), ["\n".join(fill(line, 20) for line in group.split(", ")) for group in groups])
     axes.tick_params(axis="x", length=0)
     _write(file, figure, axes)
 
