@@ -68,10 +68,12 @@ class Latecomers:
 def until_next_try() -> float:
     """Return the seconds until all who could not be cancelled yet are tried again, in one turn of the event loop.
 
-    To look at a hundred tasks for them takes 1 ms (see `are_parents()`), which is to stay some 4 % of the time.
+    To look at a hundred tasks for them takes 1 ms (see `are_parents()`), which is to stay some 6 % of the time.
     """
-    interval = PATIENCE * (1 + len(asyncio.all_tasks()) // 100)
-    return interval - asyncio.get_running_loop().time() % interval
+    longest = PATIENCE * (1 + len(asyncio.all_tasks()) // 100)
+    interval = longest * 2 / 3
+    shortest = longest / 3  # for in no time at all a clock may not move
+    return shortest + interval - (asyncio.get_running_loop().time() + shortest) % interval
 
 
 latecomers = lru_cache(maxsize=16)(Latecomers)  # by loop; where there are more loops, some calls get a timer alone
