@@ -141,12 +141,14 @@ async def show(request: Request) -> Response:
 
 
 async def census(request: Request) -> Response:
-    """Count the tasks, and what is there of requests, this one included."""
+    """Count what there is of requests, this one included, and the tasks that were started for them."""
     gc.collect()
     things: list[object] = gc.get_objects()
     kinds = Counter(type(thing) for thing in things)
     counted = {kind.__name__: kinds[kind] for kind in kinds if issubclass(kind, (Request, *OURS))}
-    return JSONResponse({"tasks": len(anyio.get_running_tasks()), **counted})
+    names = Counter(str(task.name) for task in anyio.get_running_tasks())
+    tasks = {name: names[name] for name in names if name.startswith(("cancelonleave", "starlette", "sse_starlette"))}
+    return JSONResponse({**counted, **tasks})
 
 
 TWO = [Middleware(BaseHTTPMiddleware, dispatch=pass_on)] * 2

@@ -17,7 +17,8 @@ import httpx
 from servers import STOPS_WITHIN, Server
 
 APPS = ["fastapi", "fastapi-under-two", "starlette", "starlette-under-two"]
-RECORD = re.compile(r"(GET|POST) /\S+: stopped after \d+\.\d{3} s, the client left")
+# Older Starlette names the endpoint instead of the route.
+RECORD = re.compile(r"(GET|POST) \S+: stopped after \d+\.\d{3} s, the client left")
 # These two cancel applications some seconds after the leave, which on a busy machine could come before we do.
 OPTIONS = {
     "daphne": ["--application-close-timeout", "60"],
@@ -37,7 +38,9 @@ class Live(Server):
 
     def __init__(self, name: str, log: Path) -> None:
         super().__init__(name, "live:app", log, *OPTIONS.get(name, []))
-        self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT, trust_env=False)
+        # A connection kept alive might be closed by the server, gunicorn's after 2 s, just as it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT, limits=limits, trust_env=False)
 
     def stop(self, within: float = STOPS_WITHIN) -> str:
         self.client.close()
@@ -52,7 +55,7 @@ class Live(Server):
         return sum(RECORD.fullmatch(line) is not None for line in self.log.splitlines())
 
     def census(self) -> Counter[str]:
-        """Return how many tasks there are, and things that belong to requests."""
+        """Return how much there is of requests, and how many tasks for them, by name."""
         return Counter(self.client.get("/census").raise_for_status().json())
 
     def ask(self, target: str, *headers: str, method: str = "GET") -> socket.socket:

@@ -8,6 +8,7 @@ import socket
 import struct
 import time
 from collections import Counter
+from contextlib import suppress
 
 from live_client import APPS, TIMEOUT, Live, groups
 
@@ -26,17 +27,17 @@ async def visit(live: Live, key: str) -> None:
     """Send a request, perhaps not all of it, that takes up to 0.1 s, and leave before its answer, with it, or after."""
     after = random.uniform(0, 0.1)
     target = f"/{random.choice(APPS)}/answer?key={key}&after={after}"
-    body = random.choice([0, 5, 5000])
+    size = random.choice([0, 5, 5000])
+    sent = random.choice([size, size, size // 2])
     reader, writer = await asyncio.open_connection(*live.address)
-    method = "POST" if body else "GET"
-    writer.write(f"{method} {target} HTTP/1.1\r\nHost: test\r\nContent-Length: {body}\r\n\r\n".encode())
-    writer.write(bytes(random.choice([body, body // 2])))
-    leave_after = random.choice([random.uniform(0, after), after + random.uniform(-0.001, 0.005), 0.2])
-    try:
-        async with asyncio.timeout(max(leave_after, 0)):
+    method = "POST" if size else "GET"
+    writer.write(f"{method} {target} HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n".encode())
+    writer.write(bytes(sent))
+    until_answered = TIMEOUT if sent == size else 0.1
+    patience = random.choice([random.uniform(0, after), after + random.uniform(-0.001, 0.005), until_answered])
+    with suppress(TimeoutError):
+        async with asyncio.timeout(max(patience, 0)):
             await reader.read(1)
-    except TimeoutError:
-        pass
     if random.random() < 0.5:  # a RST instead of a FIN
         linger = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
