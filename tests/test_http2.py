@@ -45,14 +45,15 @@ class Connection:
 
     def receive(self, stream: int) -> Generator[bytes]:
         """Yield the pieces of a response's body."""
-        while data := self._socket.recv(65536):
+        while True:
+            data = self._socket.recv(65536)
+            assert data != b""
             for event in self._state.receive_data(data):
                 if isinstance(event, h2.events.DataReceived) and event.stream_id == stream:
                     yield event.data
                 if isinstance(event, h2.events.StreamEnded) and event.stream_id == stream:
                     return
             self._flush()
-        raise ConnectionError("the server has closed it")
 
     def close(self) -> None:
         self._socket.close()

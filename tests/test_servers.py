@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from http.client import HTTPConnection
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from live_client import APPS, TIMEOUT, Live, Visits, groups, response_on
+from servers import Server
 
 STOPPED = ["Cancelled", "clean", "on_disconnect"]
 INVITE_UNASKED = ("hypercorn", "daphne")  # a client that waits for "100 Continue"
@@ -141,15 +143,31 @@ def test_an_http_client_that_loses_patience_has_left(live: Live) -> None:
     assert live.wait_for(group, expected.__eq__) == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+CURL = """
+import pycurl, signal, sys
+for number in (signal.SIGINT, signal.SIGTERM):  # let them end the process, as they end curl's own
+    signal.signal(number, signal.SIG_DFL)
+curl = pycurl.Curl()
+curl.setopt(curl.URL, sys.argv[1])
+curl.perform()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_curl_that_is_killed_has_left(live: Live, number: signal.Signals) -> None:
     group = str(next(groups))
-    code = f"import pycurl; c = pycurl.Curl(); c.setopt(c.URL, '{live.url}/fastapi/wait?key={group}.curl'); c.perform()"
-    curl = subprocess.Popen([sys.executable, "-c", code])
+    curl = subprocess.Popen([sys.executable, "-c", CURL, f"{live.url}/fastapi/wait?key={group}.curl"])
     try:
         assert live.wait_for(group, bool) == {"curl": ["begun"]}
-    finally:
         curl.send_signal(number)
+        assert curl.wait(TIMEOUT) == -number
+    finally:
+        curl.kill()
         curl.wait(TIMEOUT)
     expected = {"curl": ["begun", *STOPPED]}
     assert live.wait_for(group, expected.__eq__) == expected
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r'has not started:\n.*Attribute "nothing" not found'):
+        Server("uvicorn-h11", "servers:nothing", tmp_path / "log")
