@@ -18,7 +18,7 @@ GRACE = {
     "gunicorn": ["--graceful-timeout", "1"],
     "daphne": [],
 }
-# The others wait for the request for ever, or are killed with it. hypercorn waits for newer asyncio, which waits for it.
+# The others wait for the request for ever, or are killed with it; with newer asyncio, hypercorn does so, too.
 CANCEL = ["uvicorn-h11", "uvicorn-httptools", "hypercorn-uvloop", "hypercorn-trio", "daphne"]
 CANCEL_HERE = [*CANCEL, "hypercorn-asyncio"] if sys.version_info < (3, 12) else CANCEL
 LET_CLEAN_UP = ["hypercorn-uvloop", "hypercorn-trio", "daphne"]
