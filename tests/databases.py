@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib import import_module
@@ -60,3 +61,6 @@ async def sqlalchemy_pool() -> AsyncGenerator[Transaction]:
 
 
 POOLS = {"asyncpg": asyncpg_pool, "psycopg": psycopg_pool, "sqlalchemy": sqlalchemy_pool}
+# In Python 3.11 asyncio.wait_for(), with which psycopg's pool waits, may swallow a cancellation, be it task.cancel() or
+# ours: the endpoint goes on, or the pool loses a connection.
+DRIVERS = [driver for driver in POOLS if driver != "psycopg" or sys.version_info >= (3, 12)]

@@ -62,6 +62,7 @@ class Ledger(Server):
     def stay(self, driver: str, work: str) -> None:
         """Ask for work, and wait for it."""
         self._client.post(f"/{driver}/{work}?port=1&leave_at=-1").raise_for_status()
+        self._wait()  # FastAPI sends the response before it has dependencies commit
 
     def leave(self, driver: str, work: str, times: int) -> Counter[str]:
         """Have many clients ask for work and leave at random steps; return what became of their requests.
@@ -73,13 +74,18 @@ class Ledger(Server):
         self.stay(driver, "use_all")  # SQLAlchemy opens connections only when it needs them
         before, opened = self._counts(), self._opened(driver)
         run(self._leave, driver, work, times)
+        counts = self._wait()
+        counts.subtract(before)
+        self.stay(driver, "use_all")
+        counts["opened"] = self._opened(driver) - opened
+        return counts
+
+    def _wait(self) -> Counter[str]:
+        """Wait until no request is under way."""
         until = time.monotonic() + TIMEOUT
         while (counts := self._counts())["under way"]:
             assert time.monotonic() < until, counts
             time.sleep(0.01)
-        self.stay(driver, "use_all")
-        counts.subtract(before)
-        counts["opened"] = self._opened(driver) - opened
         return counts
 
     def _counts(self) -> Counter[str]:
