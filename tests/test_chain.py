@@ -13,7 +13,7 @@ import pytest
 from live_client import leave
 from servers import Server
 
-SERVERS = ["uvicorn-httptools", "hypercorn-asyncio", "granian-asyncio"]
+SERVERS = ["hypercorn-asyncio", "granian-asyncio", "uvicorn-httptools"]
 AT_ONCE = 10  # as many as there are connections in each pool
 TIMEOUT = 60  # seconds, on a machine with much else to do
 
