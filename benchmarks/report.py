@@ -13,6 +13,7 @@ import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -72,7 +73,8 @@ def main() -> None:
     path = HERE / "README.md"
     text = path.read_text(encoding="utf-8")
     parts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(RESULTS.glob("*.md"))}
-    parts["machine"] = f"Machine: {machine()}.\nVersions: {', '.join(f'{n} {v}' for n, v in versions().items())}.\n"
+    packages = ", ".join(f"{package} {number}" for package, number in versions().items())
+    parts["machine"] = f"Machine: {machine()}.\n{fill(f'Versions: {packages}.', 120)}\n"
     for name, part in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, marker, rest = text.partition(begin)
