@@ -15,7 +15,7 @@ from cancelonleave import cancel_on_disconnect
 
 POOL_SIZE = 10
 
-# httpcore, of the first httpx, may lose a place in its pool for good when a request that queues for one is cancelled.
+# Not httpx 0.28, nor httpx2 2.0: cancelling a request that queues for a place in their pool may lose one for good.
 next_service = os.environ.get("NEXT", "")
 client = AsyncClient(base_url=next_service, limits=Limits(max_connections=POOL_SIZE), timeout=60, trust_env=False)
 all_here = Barrier(POOL_SIZE)
