@@ -80,8 +80,8 @@ class Watch:
         await self.wait()
         self.over = True
         while self._due():
-            # Not in this task: an eager one (3.12) may be in a step of the host's, which must not be cancelled there; and
-            # anyio would describe this one in each cancellation.
+            # Not in this task: an eager one (3.12) may be in a step of the host's, which must not be cancelled there.
+            # And anyio would describe this task in each cancellation.
             asyncio.get_running_loop().call_soon(self._cancel_due)
             await asyncio.sleep(until_next_try())
 
