@@ -143,8 +143,8 @@ def _guard_generator(endpoint: Any, parameter: RequestParameter, on_disconnect: 
             return items
         if innermost(request.scope.get("endpoint", guarded)) is not innermost(guarded):
             raise TypeError(
-                f"@cancel_on_disconnect can't guard {endpoint!r}: it is a generator, but not its route's endpoint. "
-                "Its last part may run when the response is complete. Decorate the endpoint."
+                f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is a generator, but not its route's "
+                "endpoint. Its last part may run when the response is complete. Decorate the endpoint."
             )
         return watch_items(items, watched, request, on_disconnect)
 
@@ -166,12 +166,16 @@ def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
     if inspect.isclass(endpoint):
         fault = "a class, which has no one call to cancel. Decorate its methods"
     elif not callable(endpoint):
-        fault = "not a function. Put the decorator right above its `def`"
+        fault = "not a function. Put the decorator right above a `def`; its option has a name, `on_disconnect=`"
     elif takes_websocket(endpoint):
         fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
     else:
         return
-    raise TypeError(f"@cancel_on_disconnect can't guard {endpoint!r}: it is {fault}.")
+    raise TypeError(f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is {fault}.")
+
+
+def _name(endpoint: Any) -> str:  # Any: any mistake
+    return f"{endpoint.__module__}.{endpoint.__qualname__}" if hasattr(endpoint, "__qualname__") else repr(endpoint)
 
 
 def _is(kind: Callable[[object], bool], endpoint: Any) -> bool:  # Any: a function, partial, method or callable instance
