@@ -79,18 +79,11 @@ class Watch:
     async def _wait_and_cancel(self) -> None:
         await self.wait()
         self.over = True
-        while self._due():
-            # Not in this task: an eager one (3.12) may be in a step of the host's, which must not be cancelled there.
-            # And anyio would describe this task in each cancellation.
-            asyncio.get_running_loop().call_soon(self._cancel_due)
+        await asyncio.sleep(0)  # an eager task (3.12) may be in a step of the host's, which must not be cancelled there
+        while due := [call for call in self.calls if not (call.told or call.cancelled)]:
+            for call in due:
+                call.cancel()
             await asyncio.sleep(until_next_try())
-
-    def _due(self) -> list[Call]:
-        return [call for call in self.calls if not (call.told or call.cancelled)]
-
-    def _cancel_due(self) -> None:
-        for call in self._due():
-            call.cancel()
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self.ended()
