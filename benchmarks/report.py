@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-puts the tables that were written last between the README's markers.
+puts the tables that were written last between the markers of this directory's README and of the project's.
 """
 
 from __future__ import annotations
@@ -69,17 +69,22 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    """Put machine, versions and the tables that were written last between the README's markers."""
-    path = HERE / "README.md"
-    text = path.read_text(encoding="utf-8")
-    parts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(RESULTS.glob("*.md"))}
+    """Put machine, versions and the tables that were written last between the markers of both READMEs."""
     packages = ", ".join(f"{package} {number}" for package, number in versions().items())
-    parts["machine"] = f"Machine: {machine()}.\n{fill(f'Versions: {packages}.', 120)}\n"
+    parts = {"machine": f"Machine: {machine()}.\n{fill(f'Versions: {packages}.', 120)}\n"}
+    parts.update((file.stem, file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.md")))
+    fill_in(HERE / "README.md", parts)
+    there = {name: part.replace("](results/", "](benchmarks/results/") for name, part in parts.items()}
+    fill_in(HERE.parent / "README.md", there)
+
+
+def fill_in(path: Path, parts: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
     for name, part in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        before, marker, rest = text.partition(begin)
-        if marker:
-            text = f"{before}{begin}\n{part}\n{end}{rest.partition(end)[2]}"
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if begin:
+            text = f"{before}{begin}\n{part}\n{end}{after}"
     path.write_text(text, encoding="utf-8")
 
 
