@@ -83,6 +83,8 @@ class Watch:
         while due := [call for call in self.calls if not (call.told or call.cancelled)]:
             for call in due:
                 call.cancel()
+            if all(call.cancelled for call in due):  # as nearly always; to look when to try again takes time
+                return
             await asyncio.sleep(until_next_try())
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
