@@ -83,6 +83,11 @@ class _AsyncioCall(Call):
         super().end()
         self._place.discard(self)
 
+    def tell(self) -> None:
+        super().tell()
+        if self._is_open():
+            self._shield.shield = True
+
     def watch_now(self) -> None:
         self.watch.start_task(self._host.get_loop(), self._context)
 
@@ -91,7 +96,7 @@ class _AsyncioCall(Call):
             self._cancel_scope.cancel()
             self.cancelled = True
             return
-        was_open = self._cancel_scope.cancel_called and not self._shield.shield
+        was_open = self._is_open()
         if not was_open:
             if not self.is_first() or self._host.cancelling() > self._base:  # somebody else is just cancelling the task
                 return
@@ -103,9 +108,11 @@ class _AsyncioCall(Call):
         self._shield.shield = self.cancelled or not (was_open or self._has_reached_children())
 
     def _has_reached_children(self) -> bool:
-        if not any(task.cancelling() for task in asyncio.all_tasks() if task is not self._host):
-            return False
-        return id(self._host) in latecomers(self._host.get_loop()).are_parents()
+        return id(self._host) in latecomers(self._host.get_loop()).reached_parents()
+
+    def _is_open(self) -> bool:
+        """Whether anyio tries to cancel the host in each turn of the event loop."""
+        return self._cancel_scope.cancel_called and not self._shield.shield
 
 
 class _TrioCall(Call):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from typing import Any
 
-from ._patience import PATIENCE, until_next_try
+from ._patience import PATIENCE, latecomers
 
 Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
 
@@ -51,14 +51,15 @@ class Watch:
         """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
         call = innermost.get()
         while call is not None:
-            call.told = call.told or call.watch is self
+            if call.watch is self:
+                call.tell()
             call = call.around
 
     def finish(self) -> None:
         """From now on the event means nothing to any call."""
         self.over = self.finished = True
         for call in self.calls:
-            call.told = True
+            call.tell()
 
     async def stop(self) -> None:
         """End the wait, if no call needs it."""
@@ -77,15 +78,20 @@ class Watch:
             self.task.add_done_callback(self._task_done)
 
     async def _wait_and_cancel(self) -> None:
+        await asyncio.sleep(0)  # an eager task (3.12) begins in a step of the host's, which must not be cancelled there
         await self.wait()
         self.over = True
-        await asyncio.sleep(0)  # an eager task (3.12) may be in a step of the host's, which must not be cancelled there
-        while due := [call for call in self.calls if not (call.told or call.cancelled)]:
-            for call in due:
-                call.cancel()
-            if all(call.cancelled for call in due):  # as nearly always; to look when to try again takes time
-                return
-            await asyncio.sleep(until_next_try())
+        if self._cancel_due():
+            await asyncio.sleep(0)  # one whose future had just completed goes on first
+        while self._cancel_due():
+            await asyncio.sleep(latecomers(asyncio.get_running_loop()).until_next_try())
+
+    def _cancel_due(self) -> bool:
+        """Cancel all that are still to be cancelled and can be; return whether one can't be yet."""
+        due = [call for call in self.calls if not (call.told or call.cancelled)]
+        for call in due:
+            call.cancel()
+        return any(not call.cancelled for call in due)
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self.ended()
@@ -116,6 +122,9 @@ class Call:
         self.ended = True
         self.watch.calls.discard(self)
         innermost.reset(self._token)
+
+    def tell(self) -> None:
+        self.told = True
 
     def is_first(self) -> bool:
         """Whether no call around this one is still to be cancelled, and this one with it."""
