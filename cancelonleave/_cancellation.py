@@ -48,6 +48,8 @@ class _AsyncioCall(Call):
     the inner one becomes a shield in the same breath, so nothing follows. `Task.cancelling()` tells if it arrived.
     """
 
+    _has_children = False  # that were reached
+
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
         # For the watch: the request's own context, copied before this call is in it, which would make a cycle.
         self._context = copy_context()
@@ -96,19 +98,19 @@ class _AsyncioCall(Call):
             self._cancel_scope.cancel()
             self.cancelled = True
             return
-        was_open = self._is_open()
-        if not was_open:
+        if not self._is_open():
             if not self.is_first() or self._host.cancelling() > self._base:  # somebody else is just cancelling the task
                 return
             self._cancel_scope.cancel()
             self._shield.shield = False  # delivers once more, if it was up
-        self.cancelled = self._host.cancelling() > self._base
-        # A shielded host may have children in a task group of anyio's that were reached now. It must not leave that as
-        # if they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
-        self._shield.shield = self.cancelled or not (was_open or self._has_reached_children())
+        self.cancelled = self._shield.shield = self._host.cancelling() > self._base
 
-    def _has_reached_children(self) -> bool:
-        return id(self._host) in latecomers(self._host.get_loop()).reached_parents()
+    def rest(self) -> None:
+        # A shielded host may have children in a task group of anyio's that were reached. It must not leave that as if
+        # they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
+        if self._is_open() and not self._has_children:
+            self._has_children = id(self._host) in latecomers(self._host.get_loop()).reached_parents()
+            self._shield.shield = not self._has_children
 
     def _is_open(self) -> bool:
         """Whether anyio tries to cancel the host in each turn of the event loop."""
