@@ -48,7 +48,7 @@ class _AsyncioCall(Call):
     the inner one becomes a shield in the same breath, so nothing follows. `Task.cancelling()` tells if it arrived.
     """
 
-    _has_children = False  # that were reached
+    __slots__ = ("_base", "_cancel_scope", "_context", "_has_children", "_host", "_place", "_shield")
 
     def __init__(self, watch: Watch, host: asyncio.Task[Any]) -> None:  # Any: whatever the host returns
         # For the watch: the request's own context, copied before this call is in it, which would make a cycle.
@@ -56,6 +56,7 @@ class _AsyncioCall(Call):
         super().__init__(watch)
         self._host = host
         self._base = host.cancelling()
+        self._has_children = False  # that were reached
         others = latecomers(host.get_loop())
         self._cancel_scope, self._shield = others.scope_class(), others.scope_class()
         self._place = others.add(self)
@@ -120,10 +121,11 @@ class _AsyncioCall(Call):
 class _TrioCall(Call):
     """Cancels as trio does: again and again, until the call has ended."""
 
-    _waits = False
+    __slots__ = ("_asked", "_cancel_scope", "_waits")
 
     def __init__(self, watch: Watch) -> None:
         super().__init__(watch)
+        self._waits = False
         self._asked = Event()
         self._cancel_scope = CancelScope()
 
@@ -173,9 +175,9 @@ class _TrioCall(Call):
             await sleep(PATIENCE)
         self._waits = True
         try:
-            await self.watch.wait()
+            await self.watch.event.watch()
         finally:
-            self.watch.ended()
+            self.watch.event.change()
         if not self.told:
             self.cancelled = True
             self._cancel_scope.cancel()

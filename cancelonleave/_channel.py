@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope
 
 READ_AHEAD = 64 * 1024  # bytes: unread body kept at most, give or take the last message
 MESSAGE_SIZE = 256  # bytes: what a message takes beside its body, so that many small ones don't pile up either
+NO_BODY = {"type": "http.request", "body": b"", "more_body": False}
 PAUSE = 0.05  # seconds: before asking again a receive() that says nothing and says it at once (pyvoy 1.3)
 
 
@@ -27,19 +28,34 @@ class Channel:
         scope: The request's.
     """
 
-    left: Message | None = None  # the disconnect, once it is known
-    _ended = False  # the body has
-    _idle = False  # receive() had nothing to say last time
-    _reading = _interrupted = False
-    _size = _takers = 0  # of what is kept; those who wait for more
-    _changed: Event | None = None
+    # Slots, here and wherever each request has one: they take half the memory.
+    __slots__ = (
+        "_asgi",
+        "_changed",
+        "_ended",
+        "_idle",
+        "_interrupted",
+        "_kept",
+        "_reading",
+        "_receive",
+        "_size",
+        "_takers",
+        "invited",
+        "left",
+    )
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
+        self.left: Message | None = None  # the disconnect, once it is known
         # A client that waits for "100 Continue" gets it at the first receive(), which is left to the endpoint.
         self.invited = b"expect" not in [name for name, _ in scope.get("headers", ())]
         self._receive = receive
         self._asgi = scope.get("asgi", {})
         self._kept: list[Message | Exception] = []  # at most some 250, so that taking the first is cheap
+        self._size = self._takers = 0  # of what is kept; those who wait for more
+        self._changed: Event | None = None
+        self._ended = False  # the body has
+        self._idle = False  # receive() had nothing to say last time
+        self._reading = self._interrupted = False
 
     async def take(self, start_watch: Callable[[], bool]) -> Message:
         """Return the next message in the server's order, or raise what receive() raised in its place.
@@ -68,7 +84,7 @@ class Channel:
             raise cast(Exception, self._kept.pop(0))  # a name for it here would make a cycle with its traceback
         message = cast(Message, self._kept.pop(0))  # it can't be anything else now
         self._size -= _size(message)
-        return message
+        return dict(message)
 
     async def _look_ahead(self, start_watch: Callable[[], bool]) -> None:
         """Find out about the disconnect as far as that takes no waiting."""
@@ -116,8 +132,7 @@ class Channel:
         self._reading = True
         try:
             if self._idle:
-                with move_on_after(PAUSE):
-                    await self.next_change().wait()
+                await self._pause()
             self._keep(await self._receive())
         except CancelledError:  # asyncio's, as gunicorn has no trio
             self._interrupted = True
@@ -128,6 +143,10 @@ class Channel:
             self._reading = False
             self.change()
 
+    async def _pause(self) -> None:
+        with move_on_after(PAUSE):
+            await self.next_change().wait()
+
     def _keep(self, message: Message) -> None:
         if message["type"] == "http.disconnect":
             self.left = message
@@ -137,7 +156,8 @@ class Channel:
         if is_body and self._ended:
             return
         self._ended = self._ended or (is_body and not message.get("more_body", False))
-        self._kept.append(message)
+        # Most who wait have no body: to keep one message for all of them, not each its own, takes 0.2 KiB less.
+        self._kept.append(NO_BODY if message == NO_BODY else message)
         self._size += _size(message)
 
 

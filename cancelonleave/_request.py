@@ -24,12 +24,13 @@ logger = logging.getLogger("cancelonleave")
 class Watched:
     """A request's channel and the watch over it, in the place of its receive()."""
 
-    _logged = False
+    __slots__ = ("__weakref__", "_began", "_logged", "channel", "watch")
 
     def __init__(self, receive: Receive, scope: Scope) -> None:
         self._began = time.perf_counter()
+        self._logged = False
         self.channel = Channel(receive, scope)
-        self.watch = Watch(self.channel.watch, self.channel.change, ClientClosedRequest, is_stream)
+        self.watch = Watch(self.channel, ClientClosedRequest, is_stream)
 
     async def __call__(self) -> Message:
         message = await self.channel.take(self.watch.start)
@@ -88,7 +89,8 @@ async def is_read(request: Request) -> bool:
     async def unread() -> Message:
         raise EOFError
 
-    receive = _replace_receive(request, unread)
+    receive = request.receive
+    _replace_receive(request, unread)
     try:
         async with aclosing(request.stream()) as stream:
             await anext(stream)
@@ -99,8 +101,7 @@ async def is_read(request: Request) -> bool:
     return True
 
 
-def _replace_receive(request: Request, receive: Receive) -> Receive:
+def _replace_receive(request: Request, receive: Receive) -> None:
     # The one private attribute of others that we need: the endpoint, and whoever reads this request after it, must get
     # what was read ahead. A new Request would lack the body, the form and the attributes that dependencies left here.
-    replaced, request._receive = request.receive, receive  # pyright: ignore[reportPrivateUsage]  # see above
-    return replaced
+    request._receive = receive  # pyright: ignore[reportPrivateUsage]  # see above

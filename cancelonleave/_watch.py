@@ -6,40 +6,42 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context, ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from ._patience import PATIENCE, latecomers
 
-Wait = Callable[[], Coroutine[Any, Any, None]]  # Any: what create_task() takes
+
+class Event(Protocol):
+    """What is waited for."""
+
+    def watch(self) -> Coroutine[Any, Any, None]:  # Any: what `async def` returns
+        """Return when it has come, and those who awaited it by other means have been told."""
+        ...
+
+    def change(self) -> None:
+        """Do what is to be done when `watch()` has ended, however it ended."""
 
 
 class Watch:
     """A wait for one event, shared by all the calls that end when it comes.
 
     Args:
-        wait: Returns when the event has come, and those who awaited it by other means have been told.
-        ended: Called when `wait()` has ended, however it ended.
+        event: What is waited for.
         error: Makes the exception that a cancelled call ends with.
         goes_on_after: Says of a call's result whether the wait, once begun, is to go on without a call, until there is
             another, or somebody calls `stop()` or `drop()`. (On trio a wait can't outlive its call.)
     """
 
-    is_held = False  # from one call to the next, as far as that can be done on trio
-    over = finished = False
-    task: asyncio.Task[None] | None = None
+    __slots__ = ("calls", "error", "event", "finished", "goes_on_after", "is_held", "over", "task")
 
-    def __init__(
-        self,
-        wait: Wait,
-        ended: Callable[[], None],
-        error: Callable[[], Exception],
-        goes_on_after: Callable[[object], bool],
-    ) -> None:
-        self.wait = wait
-        self.ended = ended
+    def __init__(self, event: Event, error: Callable[[], Exception], goes_on_after: Callable[[object], bool]) -> None:
+        self.event = event
         self.error = error
         self.goes_on_after = goes_on_after
-        self.calls: set[Call] = set()
+        self.is_held = False  # from one call to the next, as far as that can be done on trio
+        self.over = self.finished = False
+        self.task: asyncio.Task[None] | None = None
+        self.calls: list[Call] = []
 
     def start(self) -> bool:
         """Wait from now on, if there is a call that needs it; return whether there is."""
@@ -79,8 +81,11 @@ class Watch:
 
     async def _wait_and_cancel(self) -> None:
         await asyncio.sleep(0)  # an eager task (3.12) begins in a step of the host's, which must not be cancelled there
-        await self.wait()
+        await self.event.watch()
         self.over = True
+        await self._cancel()
+
+    async def _cancel(self) -> None:
         loop = asyncio.get_running_loop()
         pause = 0.0  # at first: one whose future had just completed goes on, and can be cancelled then
         while True:
@@ -101,7 +106,7 @@ class Watch:
         return [call for call in self.calls if not (call.told or call.cancelled)]
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
-        self.ended()
+        self.event.change()
         if task is self.task:
             self.task = None
 
@@ -117,17 +122,18 @@ class Watch:
 class Call:
     """One awaitable under a watch: what asyncio and trio have in common."""
 
-    told = cancelled = ended = level = at_once = False
+    __slots__ = ("_token", "around", "at_once", "cancelled", "ended", "level", "told", "watch")
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
+        self.told = self.cancelled = self.ended = self.level = self.at_once = False
         self.around = innermost.get()
         self._token = innermost.set(self)
-        watch.calls.add(self)
+        watch.calls.append(self)
 
     def end(self) -> None:
         self.ended = True
-        self.watch.calls.discard(self)
+        self.watch.calls.remove(self)
         innermost.reset(self._token)
 
     def tell(self) -> None:

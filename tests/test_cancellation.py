@@ -45,18 +45,18 @@ class Alarm:
 
     def __init__(self) -> None:
         self.rung = anyio.Event()
-        self.watched = self.unwatched = 0
+        self.watched = self.changed = 0
 
     async def watch(self) -> None:
         self.watched += 1
         await self.rung.wait()
 
-    def unwatch(self) -> None:
-        self.unwatched += 1
+    def change(self) -> None:
+        self.changed += 1
 
 
 def watch_for(alarm: Alarm) -> Watch:
-    return Watch(alarm.watch, alarm.unwatch, Rang, goes_on_after=lambda result: False)
+    return Watch(alarm, Rang, goes_on_after=lambda result: False)
 
 
 class Bench:
@@ -116,7 +116,7 @@ async def test_a_call_that_lasts_is_watched_and_the_wait_ends_with_it() -> None:
 
     with anyio.fail_after(10):
         assert await run(watch_for(alarm), call()) == "result"
-    assert (alarm.watched, alarm.unwatched) == (1, 1)
+    assert (alarm.watched, alarm.changed) == (1, 1)
 
 
 async def test_the_wait_starts_at_once_for_a_call_that_asks() -> None:
@@ -479,7 +479,7 @@ async def test_a_wait_that_swallows_a_cancellation_is_cancelled_again() -> None:
     alarm = Deaf()
     with anyio.fail_after(5):
         await run(watch_for(alarm), call())
-    assert (alarm.watched, alarm.unwatched) == (2, 1)
+    assert (alarm.watched, alarm.changed) == (2, 1)
 
 
 @on_asyncio
@@ -551,10 +551,11 @@ async def test_nothing_is_left_to_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        watch = watch_for(Alarm())
+        alarm = Alarm()
+        watch = watch_for(alarm)
         await run(watch, call())
-        gone = weakref.ref(watch)
-        del watch
+        gone = weakref.ref(alarm)  # the watch has it
+        del watch, alarm
         await asyncio.sleep(PATIENCE * 3)
         assert gone() is None
     finally:
