@@ -9,13 +9,14 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, LiteralString
 
-import report
-from contestants import Endpoint, contestants
-from database import POOL_SIZE, Pool, open_pool, postgres
 from fastapi import Depends, FastAPI, Request
 from psycopg import AsyncConnection
-from serving import TIMEOUT, Server, serve
 from starlette.types import ASGIApp
+
+import report
+from contestants import Endpoint, contestants
+from database import POOL_SIZE, Pool, database, open_pool
+from serving import TIMEOUT, Server, serve
 
 CLIENTS = 10  # at once
 LEAVES = (0.1, 0.3)  # seconds after which a client leaves: at random between these
@@ -147,19 +148,19 @@ async def at_rest(server: Server) -> Counts:
 
 async def measure(contestant: str, leaves: int) -> Counts:
     """Serve a contestant beside an empty database, and count what is left in the end."""
-    database = await AsyncConnection.connect(autocommit=True)
-    async with database, serve("uvicorn", "damage", contestant, "FastAPI") as server:
-        await database.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public; {TABLES}".encode())
+    connection = await AsyncConnection.connect(autocommit=True)
+    async with connection, serve("uvicorn", "damage", contestant, "FastAPI") as server:
+        await connection.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public; {TABLES}".encode())
         for path in CASES:
             await leave(server, path, leaves)
             await at_rest(server)
         counts = await at_rest(server)
-        found = {name: await _count(database, query) for name, query in FOUND.items()}
+        found = {name: await _count(connection, query) for name, query in FOUND.items()}
     return found | {name: number for name, number in counts.items() if name not in ("begun", "ended")}
 
 
-async def _count(database: AsyncConnection, query: LiteralString) -> int:
-    row = await (await database.execute(query)).fetchone()
+async def _count(connection: AsyncConnection, query: LiteralString) -> int:
+    row = await (await connection.execute(query)).fetchone()
     assert row is not None
     number: int = row[0]
     return number
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leaves", type=int, default=200, help="of each case (default: %(default)s)")
     options = parser.parse_args()
-    with postgres():
+    with database():
         results = {name: asyncio.run(measure(name, options.leaves)) for name in contestants()}
     columns = list(next(iter(results.values())))
     rows = {name: [str(number) for number in counts.values()] for name, counts in results.items()}

@@ -12,13 +12,14 @@ from itertools import count
 from statistics import quantiles
 from time import monotonic
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
 import charts
 import report
 from contestants import BARE, OURS, Guard, application, contestants, disconnected
 from serving import SERVERS, TIMEOUT, Server, serve
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
 
 WAITING = [1, 100, 1000]
 FLOOR = "receive()"  # an endpoint that awaits nothing else

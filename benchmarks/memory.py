@@ -10,13 +10,14 @@ import re
 from pathlib import Path
 from statistics import median
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
 import charts
 import report
 from contestants import BARE, application, contestants
 from serving import TIMEOUT, serve
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp
 
 AGE = 1  # seconds that the youngest has waited when memory is measured
 

@@ -12,15 +12,17 @@ from time import process_time
 from typing import Any, NamedTuple
 
 import anyio
-import charts
-import report
 import trio
 import uvloop
-from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp
+
+import charts
+import report
+from calling import get
+from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
 
 Blocks = dict[str, list[float]]  # by contestant: the mean microseconds a request, of each block
 Call = Callable[[], Awaitable[None]]
@@ -104,39 +106,13 @@ def build(case: Case, guard: Guard) -> ASGIApp:
     return BaseHTTPMiddleware(app, pass_on) if case.middleware else app
 
 
-async def request_once(app: ASGIApp, backend: Backend) -> None:
-    """Send a GET whose client stays: after the empty body, receive() is pending for as long as anybody waits."""
-    scope: Scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "method": "GET",
-        "path": "/",
-        "root_path": "",
-        "query_string": b"",
-        "headers": [(b"host", b"localhost"), (b"accept", b"*/*"), (b"user-agent", b"benchmark")],
-    }
-    asked = False
-
-    async def receive() -> Message:
-        nonlocal asked
-        if asked:
-            await backend.forever()
-        asked = True
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    async def send(message: Message) -> None:
-        pass
-
-    await app(scope, receive, send)
-
-
 async def block(app: ASGIApp, backend: Backend, requests: int, concurrent: int) -> float:
     """Return the microseconds of processor time that a request takes on average; what it waits doesn't count."""
     each = max(requests // concurrent, 1)
 
     async def client() -> None:
         for _ in range(each):
-            await backend.in_task(lambda: request_once(app, backend))
+            await backend.in_task(lambda: get(app, backend.forever))
 
     began = process_time()
     async with anyio.create_task_group() as clients:

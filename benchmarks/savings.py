@@ -11,15 +11,16 @@ from statistics import median, quantiles
 from time import monotonic
 from typing import Any, NamedTuple
 
-import charts
 import httpx
-import report
-from contestants import contestants
-from database import Pool, open_pool, postgres
 from fastapi import FastAPI
-from serving import Server, serve
 from starlette.requests import Request
 from starlette.types import ASGIApp
+
+import charts
+import report
+from contestants import contestants
+from database import Pool, database, open_pool
+from serving import Server, serve
 
 QUERY = 2  # seconds that the database works for an answer: at most 5 of them a second
 PATIENT = 8  # clients that wait up to `GIVE_UP` for each answer, and ask again
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="of each storm (default: %(default)s)")
     options = parser.parse_args()
-    with postgres():
+    with database():
         outcomes = asyncio.run(measure(options.rounds, options.seconds))
     useful: charts.Numbers = {}
     worst: charts.Numbers = {}

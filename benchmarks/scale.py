@@ -11,13 +11,15 @@ from collections.abc import Callable
 from statistics import median
 from time import perf_counter, process_time
 
-import charts
-import report
 import uvloop
-from contestants import BARE, Guard, application, contestants
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import ASGIApp
+
+import charts
+import report
+from calling import get
+from contestants import BARE, Guard, application, contestants
 
 IN_FLIGHT = [1, 10, 100, 1000]  # and as many as there are at most
 DURATION = 1.0  # seconds in which all come, and in which all leave
@@ -44,7 +46,9 @@ class Crowd:
     def come(self) -> None:
         """Have one more request begin."""
         self._leaves.append(asyncio.get_running_loop().create_future())
-        self._tasks.append(asyncio.create_task(self._request(self._leaves[-1])))
+        left = self._leaves[-1]
+        request = get(self._app, lambda: asyncio.shield(left), {"end": self.end})
+        self._tasks.append(asyncio.create_task(request))
 
     def leave(self) -> None:
         """Have the client that came first leave."""
@@ -53,32 +57,6 @@ class Crowd:
     async def join(self) -> None:
         self.end.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _request(self, left: asyncio.Future[None]) -> None:
-        scope: Scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "method": "GET",
-            "path": "/",
-            "root_path": "",
-            "query_string": b"",
-            "headers": [],
-            "state": {"end": self.end},
-        }
-        asked = False
-
-        async def receive() -> Message:
-            nonlocal asked
-            if asked:
-                await asyncio.shield(left)
-                return {"type": "http.disconnect"}
-            asked = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-
-        async def send(message: Message) -> None:
-            pass
-
-        await self._app(scope, receive, send)
 
 
 async def cost(guard: Guard, in_flight: int) -> float:

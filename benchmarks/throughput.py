@@ -10,13 +10,14 @@ from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
+
 import charts
 import report
 from contestants import BARE, FRAMEWORKS, OURS, Endpoint, application, contestants
 from serving import Server, serve
-from starlette.requests import Request
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
 CONNECTIONS = [1, 64]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from typing import Any
@@ -39,7 +40,12 @@ async def test_nothing_blocks_the_event_loop() -> None:
         assert await leaves.leave_all() == leaves.EXPECTED
 
 
-def test_leaves_are_the_same_without_assertions() -> None:
-    command = [sys.executable, "-O", leaves.__file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout, done.returncode) == (f"{leaves.EXPECTED}\n", 0), done.stderr
+@pytest.mark.parametrize(
+    ("option", "environment"),
+    [pytest.param("-O", {}, id="-O"), pytest.param("-Wd", {"PYTHONASYNCIODEBUG": "1"}, id="PYTHONASYNCIODEBUG")],
+)
+def test_leaves_are_the_same_in_the_modes_of_python(option: str, environment: dict[str, str]) -> None:
+    command = [sys.executable, option, leaves.__file__]
+    env = {**os.environ, **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (f"{leaves.EXPECTED}\n", "", 0)

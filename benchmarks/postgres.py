@@ -19,7 +19,7 @@ SETTINGS = {
     "fsync": "off",  # these data need not outlive a crash
     "listen_addresses": "",
     "log_connections": "on",
-    "max_connections": 200,
+    "max_connections": 1000,
 }
 
 
