@@ -1,4 +1,4 @@
-"""An application whose client leaves, once for each kind of work; `python -O` runs it as a program."""
+"""An application whose client leaves, once for each kind of work; it can be run as a program, too."""
 
 from __future__ import annotations
 
