@@ -296,6 +296,24 @@ async def test_one_who_was_told_is_not_cancelled_on_top() -> None:
     assert await bench.run(call) == "result"
 
 
+@on_asyncio
+async def test_nor_is_one_who_was_told_in_a_shield_after_children_were_cancelled() -> None:
+    bench = Bench()
+
+    async def call() -> str:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(bench.sleep)
+            with anyio.CancelScope(shield=True):
+                while not bench.seen:
+                    await checkpoint()
+                bench.watch.tell()
+            await anyio.sleep(PATIENCE * 3)
+        return "result"
+
+    assert await bench.run(call) == "result"
+    assert bench.seen == ["cancelled"]
+
+
 async def test_calls_within_a_call_are_cancelled_by_way_of_it() -> None:
     bench = Bench()
 
