@@ -18,6 +18,7 @@ from anyio import (
 from anyio.lowlevel import checkpoint
 
 from ._patience import PATIENCE, latecomers
+from ._tasks import tasks_of
 from ._watch import Call, Watch, asyncio_task
 
 T = TypeVar("T")
@@ -110,7 +111,7 @@ class _AsyncioCall(Call):
         # A shielded host may have children in a task group of anyio's that were reached. It must not leave that as if
         # they had ended well, so until it is reached, too, there is no shield, and anyio goes on trying.
         if self._is_open() and not self._has_children:
-            self._has_children = id(self._host) in latecomers(self._host.get_loop()).reached_parents()
+            self._has_children = id(self._host) in tasks_of(self._host.get_loop()).reached_parents()
             self._shield.shield = not self._has_children
 
     def _is_open(self) -> bool:

@@ -89,7 +89,7 @@ class Channel:
     async def _look_ahead(self, start_watch: Callable[[], bool]) -> None:
         """Find out about the disconnect as far as that takes no waiting."""
         if start_watch():
-            for _ in range(3):  # turns of the event loop until the watch has asked receive()
+            for _ in range(4):  # turns of the event loop until the watch has asked receive()
                 await cancel_shielded_checkpoint()
         elif self._kept and self.left is None and not self._reading and self._may_read_ahead:
             await self._read()  # nobody else looks behind what is kept

@@ -8,7 +8,8 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from typing import Any, Protocol
 
-from ._patience import PATIENCE, latecomers
+from ._patience import PATIENCE
+from ._tasks import tasks_of
 
 
 class Event(Protocol):
@@ -96,7 +97,7 @@ class Watch:
             if not self._due():
                 return
             await asyncio.sleep(pause)
-            pause = latecomers(loop).until_next_try()
+            pause = tasks_of(loop).until_next_try()
 
     def _cancel_due(self) -> None:
         for call in self._due():

@@ -15,7 +15,7 @@ import pytest
 import trio
 from anyio.lowlevel import checkpoint
 
-from cancelonleave import _patience
+from cancelonleave import _tasks
 from cancelonleave._cancellation import run
 from cancelonleave._patience import PATIENCE
 from cancelonleave._watch import Watch
@@ -198,7 +198,7 @@ async def test_those_cancelled_at_once_do_not_each_look_at_all_tasks(monkeypatch
         looks.append(len(seen))
         return anyio.get_running_tasks()
 
-    monkeypatch.setattr(_patience, "get_running_tasks", look)
+    monkeypatch.setattr(_tasks, "get_running_tasks", look)
     alarm = Alarm()
     seen: list[str] = []
 
