@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import cast
+from typing import Any, cast
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
@@ -46,9 +46,7 @@ class Watched:
         """Write the one record of the leave."""
         if not self._logged:
             self._logged = True
-            # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
-            route = getattr(scope.get("route"), "path", getattr(scope.get("endpoint"), "__name__", None))
-            values = {"method": scope.get("method"), "route": route, "seconds": time.perf_counter() - self._began}
+            values = {**_names(scope), "seconds": time.perf_counter() - self._began}
             logger.info("%(method)s %(route)s: stopped after %(seconds).3f s, the client left", values, extra=values)
 
 
@@ -73,7 +71,13 @@ async def run_hook(on_disconnect: OnDisconnect | None, request: Request) -> None
         if inspect.isawaitable(result := on_disconnect(request)):
             await result
     except Exception:
-        logger.exception("on_disconnect %r failed", on_disconnect)
+        logger.exception("%(method)s %(route)s: on_disconnect failed", _names(request.scope))
+
+
+def _names(scope: Scope) -> dict[str, Any]:  # Any: whatever a middleware has made of them
+    # FastAPI and Starlette 1.x name the route; older Starlette, and a bare Route, only the endpoint.
+    route = getattr(scope.get("route"), "path", getattr(scope.get("endpoint"), "__name__", None))
+    return {"method": scope.get("method"), "route": route}
 
 
 def _is_disconnect(error: BaseException) -> bool:
