@@ -45,8 +45,8 @@ class Crowd:
 
     def come(self) -> None:
         """Have one more request begin."""
-        self._leaves.append(asyncio.get_running_loop().create_future())
-        left = self._leaves[-1]
+        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leaves.append(left)
         request = get(self._app, lambda: asyncio.shield(left), {"end": self.end})
         self._tasks.append(asyncio.create_task(request))
 

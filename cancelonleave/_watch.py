@@ -92,10 +92,11 @@ class Watch:
         while True:
             loop.call_soon(self._cancel_due)  # in a task anyio would describe it in each exception, which takes 0.1 ms
             await asyncio.sleep(0)
-            for call in self._due():
-                call.rest()
-            if not self._due():
+            due = self._due()
+            if not due:
                 return
+            for call in due:
+                call.rest()
             await asyncio.sleep(pause)
             pause = tasks_of(loop).until_next_try()
 
