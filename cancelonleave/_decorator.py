@@ -1,61 +1,104 @@
-"""Turns an endpoint into one that ends when its client does."""
+"""Checks what it was put on, and wraps it so that calls with a request are guarded."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast, overload
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
-from anyio import get_cancelled_exc_class
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.types import Receive
+from starlette.websockets import WebSocket
 
-from ._cancellation import run
-from ._exceptions import ClientClosedRequest
-from ._items import watch_items
-from ._request import OnDisconnect, is_read, is_stream, run_hook, watch
-from ._signature import RequestParameter, innermost, request_parameter, takes_websocket
-from ._streaming import watch_response
+from ._endpoint import OnDisconnect, guard, refuse_if_disconnected, report
+from ._fastapi import guard_items
+from ._kind import async_generator_function, coroutine_function, in_place_of, innermost, is_kind
+from ._response import guard_response, is_stream
+from ._signature import RequestParameter, request_parameter, resolved_signature
+from ._watch import Phase, Watch, watch_of
+from ._websocket import watch_of_websocket
 
 # Any: of whatever arguments and result, which the type variable carries over exactly.
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
-_guarded: WeakSet[Callable[..., object]] = WeakSet()
+# With their hooks: FastAPI before 0.137 makes the routes of an included router twice, and a route class decorates both.
+_guarded: WeakKeyDictionary[Callable[..., object], OnDisconnect | None] = WeakKeyDictionary()
 
 
 @overload
-def cancel_on_disconnect(endpoint: EndpointT, /) -> EndpointT: ...
+def cancel_on_disconnect(endpoint: EndpointT, /, *, on_disconnect: OnDisconnect | None = None) -> EndpointT: ...
 @overload
 def cancel_on_disconnect(*, on_disconnect: OnDisconnect | None = None) -> Callable[[EndpointT], EndpointT]: ...
 def cancel_on_disconnect(
     endpoint: EndpointT | None = None, /, *, on_disconnect: OnDisconnect | None = None
 ) -> EndpointT | Callable[[EndpointT], EndpointT]:
-    """Cancel an endpoint when its client leaves.
+    """Cancel an endpoint when its client disconnects.
 
-    Put it on endpoints that are slow or expensive, below the route's own decorator; or on any function that takes a
-    `starlette.requests.Request`. Leave it off work that must finish although nobody waits for it, and off what runs
-    after the response: servers tell of a disconnect after each one.
+    Put it right below the route's decorator, on endpoints that are slow or expensive, or on any function that takes a
+    `starlette.requests.Request` or a `starlette.websockets.WebSocket`. Leave it off work that must finish although
+    nobody waits for it, and off background tasks: most servers report a disconnect after every response. Other
+    decorators belong below it. One above it gets the hidden Request (a cache adds it to its key, a tracer exports its
+    headers), the exception (a retry runs the endpoint again), and a coroutine, even from a sync endpoint. (dishka's
+    `@inject` and Pydantic's `validate_call` may stand above it.)
 
-    When the client leaves, the endpoint gets one cancellation. Its `finally` and `except` blocks run to their end and
-    may await; a section inside `anyio.CancelScope(shield=True)` is not cut, the cancellation waits for its end. (On
-    trio cancellation is level-triggered, as always there.) Then `ClientClosedRequest` is raised in its place. An
-    endpoint that has its result already, or that catches the cancellation and returns, is left to deliver it.
+    When the client disconnects, the endpoint gets one cancellation where it awaits. Its `except` and `finally` blocks
+    run to their end and may await. A section inside `anyio.CancelScope(shield=True)` is not interrupted: the
+    cancellation is delivered when it ends. Then `ClientClosedRequest` is raised in the endpoint's place. An endpoint
+    that has finished, or that catches the cancellation and returns, delivers its result. If it reads the body and gets
+    `ClientDisconnect` there, it isn't cancelled as well; if it only calls `is_disconnected()`, it is.
 
-    What an endpoint streams, as a `StreamingResponse` or a generator endpoint of FastAPI's, ends as well, once its
-    generator has cleaned up; then nothing is raised, but FastAPI's dependencies with `yield` see the exception. A sync
-    endpoint runs in the framework's threads. `anyio.from_thread.check_cancelled()` raises in it once the client has
-    left; if it never asks, it runs to its end, and its result is delivered.
+    Streams: A `StreamingResponse`, or any response with a `body_iterator`, such as sse-starlette's
+    `EventSourceResponse`, is guarded until its last chunk is handed to the server. When the client disconnects, a
+    generator that waits stops at once, and one that produces stops at its next chunk. It is cancelled where it awaits,
+    or closed where it yields, and its cleanup may await. Nothing is raised, since the response has started, but
+    FastAPI's dependencies with `yield` that are still open see `ClientClosedRequest` and roll back (FastAPI 0.118 and
+    newer). The response's background task runs, as Starlette runs it after any aborted stream. FastAPI's generator
+    endpoints (0.134 and newer) work in the same way, but FastAPI itself calls `send()` for them: the decorator can't
+    change whether that raises or blocks after a disconnect, and an `OSError` that such a generator raises becomes a
+    `ClientDisconnect`. `FileResponse` and plain responses are left alone.
+
+    Sync endpoints: They run in the framework's threads. A thread can't be cancelled, but it can ask:
+    `anyio.from_thread.check_cancelled()` raises once the client has disconnected. A function that never asks runs to
+    its end, and its result is delivered. A call that still waits for a free thread is dropped at once. A thread that an
+    async endpoint starts with `run_in_threadpool()` or `anyio.to_thread.run_sync()` isn't told on asyncio: the endpoint
+    is cancelled when the thread ends. With `asyncio.to_thread()` and `run_in_executor()` the endpoint ends at once, and
+    its thread goes on with whatever it uses.
+
+    Child tasks: asyncio itself cancels the children of `gather()` and `TaskGroup`, and on Python 3.11 what `wait_for()`
+    awaits, also inside their shields; a shield around the `gather()` holds. Task groups of anyio cancel their children
+    again and again, so shield cleanup there. If a child learns of the disconnect by reading the body, the tasks that
+    wait for it have a second to end on their own before they are cancelled. A `TaskGroup` whose decorated helpers
+    are stopped raises an `ExceptionGroup`, which is a 500 unless the endpoint is decorated too. Before Python 3.13, a
+    `TaskGroup` whose child has failed leaves its task marked as cancelled (python/cpython#116720), so the rest of the
+    endpoint isn't stopped.
+
+    Middleware: One that answers in the endpoint's place, such as a `BaseHTTPMiddleware` that sends 504 after a timeout,
+    looks like a disconnect to the endpoint.
+
+    Trio: Cancellation is level-triggered, as always on trio: shield cleanup that awaits. A generator endpoint stops at
+    its next item and must not hold a task group open across a `yield`. Responses other than `StreamingResponse` end in
+    their own way.
+
+    WebSockets: A `WebSocketDisconnect` is raised, with the code and the reason of the client's close.
+    Messages that nobody reads are kept in order, up to 64 KiB. Beyond that the endpoint must read, or send, to learn of
+    the disconnect. Closing the WebSocket, or returning, isn't a disconnect.
 
     Args:
-        endpoint: The function. One without a parameter for the Request gets a hidden one, which FastAPI fills. Called
-            without any Request, as in a unit test, it just runs; a sync function must be awaited then.
-        on_disconnect: Called with the Request after the endpoint's cleanup, when the client's leaving has ended it.
-            May be async. If it fails, that is logged and the request ends as it would have.
+        endpoint: The function. If it has no parameter for the Request, it gets a hidden one, which FastAPI fills.
+            Called without any Request, as in a unit test, it just runs; a sync function must be awaited then.
+        on_disconnect: Called with the Request or WebSocket once the endpoint has cleaned up after a disconnect. It
+            finds the `method`, `route` and `seconds` of the log record in `request.scope["cancelonleave"]`, and may be
+            async. If it fails, that is logged, and the request ends as it would have.
 
     Raises:
-        TypeError: If it can't work: for a class, or a function that takes a WebSocket; and when a generator is called
-            that is not the endpoint of its route, as a dependency with `yield`.
+        TypeError: If the decorator can't work on this object: a class, an ASGI application, a router, an HTTP
+            middleware; or if `on_disconnect` can't be called with one argument. Also when a generator is called that
+            isn't its route's endpoint, such as a dependency with `yield`.
     """
+    if on_disconnect is not None:
+        _refuse_hook_that_cannot_be_called(on_disconnect)
     if endpoint is None:
         return functools.partial(_guard, on_disconnect=on_disconnect)
     return cast(EndpointT, _guard(endpoint, on_disconnect))  # it takes and returns what the endpoint does
@@ -64,72 +107,64 @@ def cancel_on_disconnect(
 def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: the public function has the exact type
     if type(endpoint) in (staticmethod, classmethod):
         return type(endpoint)(_guard(endpoint.__func__, on_disconnect))
-    if on_disconnect is None and inspect.isfunction(endpoint) and endpoint in _guarded:
+    if inspect.isfunction(endpoint) and endpoint in _guarded and on_disconnect in (None, _guarded[endpoint]):
         return endpoint
     _refuse_what_cannot_work(endpoint)
     parameter = request_parameter(endpoint)
-    if _is(inspect.iscoroutinefunction, endpoint):
+    if is_kind(inspect.iscoroutinefunction, endpoint):
         guarded = _guard_function(endpoint, parameter, on_disconnect)
-    elif _is(inspect.isasyncgenfunction, endpoint):
+    elif is_kind(inspect.isasyncgenfunction, endpoint):
         guarded = _guard_generator(endpoint, parameter, on_disconnect)
-    elif _is(inspect.isgeneratorfunction, endpoint):
+    elif is_kind(inspect.isgeneratorfunction, endpoint):
         guarded = _guard_generator(endpoint, parameter, on_disconnect)
-        guarded.__wrapped__ = _async_generator(guarded)  # for FastAPI, which would iterate in threads of its own
+        guarded.__wrapped__ = in_place_of(endpoint, async_generator_function)
     else:
         guarded = _guard_function(endpoint, parameter, on_disconnect, in_thread=True)
+        guarded.__wrapped__ = in_place_of(endpoint, coroutine_function)
     guarded.__name__ = getattr(endpoint, "__name__", type(endpoint).__name__)  # as FastAPI calls it in OpenAPI
-    guarded.__signature__ = parameter.signature
-    _guarded.add(guarded)
+    guarded.__signature__ = signature = parameter.signature
+    annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    annotations["return"] = signature.return_annotation
+    guarded.__annotations__ = {name: each for name, each in annotations.items() if each is not signature.empty}
+    _guarded[guarded] = on_disconnect
     return guarded
 
 
 def _guard_function(
     endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None, *, in_thread: bool = False
 ) -> Any:  # Any: as above
-    call = _in_thread(endpoint) if in_thread else endpoint
+    call: Any = functools.partial(run_in_threadpool, endpoint) if in_thread else endpoint  # Any: the endpoint's type
 
     @functools.wraps(endpoint)
     async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
         request = parameter.take(args, kwargs)
-        if request is None:
-            return await call(*args, **kwargs)
-        watched = watch(request)
-        if watched.watch.finished:  # it runs in the background of a stream that has been sent
-            return await call(*args, **kwargs)
-        if not watched.channel.invited:
-            watched.channel.invited = await is_read(request)
-        try:
-            if watched.channel.left is not None:
-                watched.watch.tell()  # a decorated caller learns of it here: it must not be cancelled on top
-                raise ClientClosedRequest
-            awaitable = call(*args, **kwargs)
-            del args, kwargs  # or they would live as long as the endpoint: 0.1 KiB
-            result = await run(watched.watch, awaitable, level=in_thread)
-        except get_cancelled_exc_class():
-            if any(call.cancelled for call in watched.watch.calls):  # the decorated endpoint that called this one
-                await run_hook(on_disconnect, request)
-            raise
-        except Exception as error:
-            if not watched.is_end(error):
+        # A phase CLOSED: it runs in the background of a stream that has been sent.
+        if request is None or (watch := _watch_of(request)).phase is Phase.CLOSED:
+            result = await call(*args, **kwargs)
+        else:
+            try:
+                with guard(watch, request, in_thread=in_thread):
+                    refuse_if_disconnected(watch)
+                    awaitable = call(*args, **kwargs)
+                    del args, kwargs  # or they would live as long as the endpoint: 0.1 KiB
+                    result = await awaitable
+                    guard_response(result, watch, request, on_disconnect)
+            except BaseException as error:
+                await report(error, watch, request, on_disconnect)
                 raise
-            watched.log(request.scope)
-            await run_hook(on_disconnect, request)
-            if isinstance(error, ClientClosedRequest):
-                raise
-            raise ClientClosedRequest from error
-        if is_stream(result):
-            watch_response(result, watched, request, on_disconnect)
+        if in_thread and inspect.isawaitable(result):  # as of a lambda, and not to be cancelled by the thread's scope
+            result = await _guard(_wait_for, on_disconnect)(request, result)
         return result
 
     return guarded
 
 
-def _in_thread(endpoint: Any) -> Any:  # Any: as above
-    async def call(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
-        result = await run_in_threadpool(endpoint, *args, **kwargs)
-        return await result if inspect.isawaitable(result) else result  # as that of a lambda
+def _watch_of(request: Request | WebSocket) -> Watch:
+    return watch_of(request) if isinstance(request, Request) else watch_of_websocket(request)
 
-    return call
+
+async def _wait_for(request: Request | WebSocket | None, awaitable: Awaitable[object]) -> object:
+    return await awaitable
 
 
 def _guard_generator(endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None) -> Any:  # Any: so
@@ -139,48 +174,52 @@ def _guard_generator(endpoint: Any, parameter: RequestParameter, on_disconnect: 
         items = endpoint(*args, **kwargs)
         if request is None:
             return items
-        watched = watch(request)
-        if is_stream(items):  # a function that wraps a generator, and makes a response of it
-            watch_response(items, watched, request, on_disconnect)
-            return items
-        if innermost(request.scope.get("endpoint", guarded)) is not innermost(guarded):
-            raise TypeError(
-                f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is a generator, but not its route's "
-                "endpoint. Its last part may run when the response is complete. Decorate the endpoint."
-            )
-        return watch_items(items, watched, request, on_disconnect)
+        if isinstance(request, Request):
+            if is_stream(items):  # a function that wraps a generator, and makes a response of it
+                guard_response(items, watch_of(request), request, on_disconnect)
+                return items
+            if innermost(request.scope.get("endpoint", guarded)) is innermost(guarded):
+                return guard_items(items, watch_of(request), request, on_disconnect)
+        raise TypeError(
+            f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is a generator, but not its route's "
+            "endpoint. What follows its `yield` may run after the response. Decorate the endpoint."
+        )
 
     return guarded
 
 
-def _async_generator(guarded: Any) -> Any:  # Any: as above
-    """Return what FastAPI takes for the innermost function of a sync generator, to see that its items are awaited."""
-
-    @functools.wraps(guarded)
-    async def generator() -> AsyncGenerator[None]:
-        yield
-
-    del generator.__wrapped__
-    return generator
-
-
 def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
+    if fault := _fault_of(endpoint):
+        raise TypeError(f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is {fault}.")
+
+
+def _fault_of(endpoint: Any) -> str | None:  # Any: as above
+    from starlette.middleware.base import RequestResponseEndpoint  # here, so that to import us loads nothing else
+
     if inspect.isclass(endpoint):
-        fault = "a class, which has no one call to cancel. Decorate its methods"
-    elif not callable(endpoint):
-        fault = "not a function. Put the decorator right above a `def`; its option has a name, `on_disconnect=`"
-    elif takes_websocket(endpoint):
-        fault = "a WebSocket endpoint, which learns of a leave by itself: catch WebSocketDisconnect there"
-    else:
-        return
-    raise TypeError(f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is {fault}.")
+        return "a class, which has no single call to cancel. Decorate its methods"
+    if not callable(endpoint):
+        return "not a function. Put the decorator right below the route's; pass a hook as `on_disconnect=`"
+    parameters = resolved_signature(endpoint).parameters.values()
+    names, annotations = [p.name for p in parameters], [p.annotation for p in parameters]
+    if names[-3:] == ["scope", "receive", "send"] or Receive in annotations:
+        return "an ASGI application, which gets no Request. Decorate the endpoints in it"
+    if "call_next" in names or RequestResponseEndpoint in annotations:
+        return "an HTTP middleware, and cancelling call_next() would cut the endpoint's cleanup. Decorate the endpoint"
+    return None
 
 
-def _name(endpoint: Any) -> str:  # Any: any mistake
+def _refuse_hook_that_cannot_be_called(on_disconnect: Any) -> None:  # Any: as above
+    try:
+        resolved_signature(on_disconnect).bind(None)
+    except ValueError:  # written in C, and doesn't say what it takes
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"@cancel_on_disconnect can't call on_disconnect={_name(on_disconnect)}: {error}. "
+            "Give it a function that takes the Request as its one argument."
+        ) from None
+
+
+def _name(endpoint: Any) -> str:  # Any: as above
     return f"{endpoint.__module__}.{endpoint.__qualname__}" if hasattr(endpoint, "__qualname__") else repr(endpoint)
-
-
-def _is(kind: Callable[[object], bool], endpoint: Any) -> bool:  # Any: a function, partial, method or callable instance
-    function = endpoint.func if isinstance(endpoint, functools.partial) else endpoint
-    call = function if inspect.isroutine(function) else type(function).__call__
-    return kind(call) or kind(inspect.unwrap(call))

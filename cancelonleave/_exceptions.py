@@ -1,11 +1,12 @@
-"""The exception that ends a request whose client has left."""
+"""What is raised in the place of an endpoint whose client has disconnected."""
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.websockets import WebSocketDisconnect
 
 
 class ClientClosedRequest(ClientDisconnect, HTTPException):
-    """Say that the client left before its answer was ready.
+    """Say that the client disconnected before its answer was ready.
 
     A decorated endpoint raises it once its cleanup has ended, so dependencies with `yield` roll back and
     queued background tasks don't run. Exception handlers for `starlette.requests.ClientDisconnect`, for
@@ -15,3 +16,10 @@ class ClientClosedRequest(ClientDisconnect, HTTPException):
 
     def __init__(self) -> None:
         super().__init__(status_code=499, detail="Client Closed Request")
+
+
+class ClientClosedWebSocket(WebSocketDisconnect):
+    """Say that the client has closed the WebSocket: catch it as `WebSocketDisconnect`, which has `code` and `reason`.
+
+    Like `ClientClosedRequest`, it is not logged with a traceback in Starlette and FastAPI.
+    """

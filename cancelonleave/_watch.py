@@ -1,166 +1,214 @@
-"""A wait for one event, shared by all the calls that end when it comes; knows no HTTP."""
+"""One for each request: waits for the disconnect, and cancels the calls that still run."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
-from contextvars import Context, ContextVar
-from typing import Any, Protocol
+from contextvars import Context, copy_context
+from enum import Enum
+from typing import Any, cast
 
-from ._patience import PATIENCE
-from ._tasks import tasks_of
+from anyio import CancelScope
+from anyio.lowlevel import checkpoint_if_cancelled
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive
+from starlette.websockets import WebSocket
+
+from ._anyio import is_cancelled
+from ._exceptions import ClientClosedRequest
+from ._loop import Loop
+from ._receive import Reader
+
+Connection = Request | WebSocket
+
+RETRY = 0.025  # seconds: until a call is looked at again that could not be cancelled, as within a shield
+LEARN = 1.0  # seconds: for those who wait for a task that has read of the disconnect, to learn of it from that task
 
 
-class Event(Protocol):
-    """What is waited for."""
+class Phase(Enum):
+    """What a disconnect means to a request."""
 
-    def watch(self) -> Coroutine[Any, Any, None]:  # Any: what `async def` returns
-        """Return when it has come, and those who awaited it by other means have been told."""
-        ...
-
-    def change(self) -> None:
-        """Do what is to be done when `watch()` has ended, however it ended."""
+    OPEN = "open"  # none has come
+    CAME = "disconnected"  # before the response was complete
+    CLOSED = "closed"  # the response is complete: servers report a disconnect after each
 
 
-class Watch:
-    """A wait for one event, shared by all the calls that end when it comes.
+class Fate(Enum):
+    """What is to become of a call when the client disconnects."""
 
-    Args:
-        event: What is waited for.
-        error: Makes the exception that a cancelled call ends with.
-        goes_on_after: Says of a call's result whether the wait, once begun, is to go on without a call, until there is
-            another, or somebody calls `stop()` or `drop()`. (On trio a wait can't outlive its call.)
-    """
-
-    __slots__ = ("calls", "error", "event", "finished", "goes_on_after", "is_held", "over", "task")
-
-    def __init__(self, event: Event, error: Callable[[], Exception], goes_on_after: Callable[[object], bool]) -> None:
-        self.event = event
-        self.error = error
-        self.goes_on_after = goes_on_after
-        self.is_held = False  # from one call to the next, as far as that can be done on trio
-        self.over = self.finished = False
-        self.task: asyncio.Task[None] | None = None
-        self.calls: list[Call] = []
-
-    def start(self) -> bool:
-        """Wait from now on, if there is a call that needs it; return whether there is."""
-        for call in self.calls:
-            call.watch_now()
-        return bool(self.calls) and not self.over
-
-    def tell(self) -> None:
-        """Note that the code running now has learned of the event by itself, so it isn't cancelled on top."""
-        call = innermost.get()
-        while call is not None:
-            if call.watch is self:
-                call.tell()
-            call = call.around
-
-    def finish(self) -> None:
-        """From now on the event means nothing to any call."""
-        self.over = self.finished = True
-        for call in self.calls:
-            call.tell()
-
-    async def stop(self) -> None:
-        """End the wait, if no call needs it."""
-        if self.task is not None and not self.calls:
-            await self._stop_task(self.task)
-
-    def drop(self) -> None:
-        """End a wait that went on without a call, from anywhere, as from a finalizer."""
-        if self.task is not None and not self.calls:
-            with suppress(RuntimeError):  # the event loop is closed
-                self.task.get_loop().call_soon_threadsafe(self.task.cancel)
-
-    def start_task(self, loop: asyncio.AbstractEventLoop, context: Context) -> None:
-        if self.task is None and not self.over:
-            self.task = loop.create_task(self._wait_and_cancel(), name="cancelonleave: watch", context=context)
-            self.task.add_done_callback(self._task_done)
-
-    async def _wait_and_cancel(self) -> None:
-        await asyncio.sleep(0)  # an eager task (3.12) begins in a step of the host's, which must not be cancelled there
-        await self.event.watch()
-        self.over = True
-        await self._cancel()
-
-    async def _cancel(self) -> None:
-        loop = asyncio.get_running_loop()
-        pause = 0.0  # at first: one whose future had just completed goes on, and can be cancelled then
-        while True:
-            loop.call_soon(self._cancel_due)  # in a task anyio would describe it in each exception, which takes 0.1 ms
-            await asyncio.sleep(0)
-            due = self._due()
-            if not due:
-                return
-            for call in due:
-                call.rest()
-            await asyncio.sleep(pause)
-            pause = tasks_of(loop).until_next_try()
-
-    def _cancel_due(self) -> None:
-        for call in self._due():
-            call.cancel()
-
-    def _due(self) -> list[Call]:
-        return [call for call in self.calls if not (call.told or call.cancelled)]
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self.event.change()
-        if task is self.task:
-            self.task = None
-
-    async def _stop_task(self, task: asyncio.Task[None]) -> None:
-        """Cancel the wait and see it end."""
-        self.task = None
-        while not task.done():
-            task.cancel()  # again, for a receive() that swallowed it
-            # Awaiting the task itself would confuse its cancellation with one that comes from outside meanwhile.
-            await asyncio.wait((task,), timeout=PATIENCE)
+    RUNS = "runs"  # it is to be cancelled
+    KNOWS = "knows"  # its task has read of the disconnect: it isn't cancelled on top
+    CANCELLED = "cancelled"
 
 
 class Call:
-    """One awaitable under a watch: what asyncio and trio have in common."""
+    """One awaitable that ends when the client disconnects.
 
-    __slots__ = ("_token", "around", "at_once", "cancelled", "ended", "level", "told", "watch")
+    It knows the task that awaits it, and the request, which the watch must not hold, as that would make a cycle.
+    """
 
-    def __init__(self, watch: Watch) -> None:
+    fate = Fate.RUNS
+    cancels_host = True  # so of the calls in one task only the outermost need be cancelled
+
+    def __init__(self, watch: Watch, request: Connection, host: Any) -> None:  # Any: a task, asyncio's or trio's
         self.watch = watch
-        self.told = self.cancelled = self.ended = self.level = self.at_once = False
-        self.around = innermost.get()
-        self._token = innermost.set(self)
-        watch.calls.append(self)
+        self.request = request
+        self.host = host
 
-    def end(self) -> None:
-        self.ended = True
-        self.watch.calls.remove(self)
-        innermost.reset(self._token)
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.fate.value}>"
 
-    def tell(self) -> None:
-        self.told = True
+    def is_due(self) -> bool:
+        """Whether it is to be cancelled, now that the client has disconnected."""
+        return self.fate is Fate.RUNS
 
-    def is_first(self) -> bool:
-        """Whether no call around this one is still to be cancelled, and this one with it."""
-        around = self.around
-        return around is None or around.watch is not self.watch or around.ended or around.told
-
-    def watch_now(self) -> None:
-        """Don't wait for the end of `PATIENCE`."""
-
-    def cancel(self) -> None:
-        """Cancel it if that can be done now, for `Watch`, which tries again; trio's calls cancel themselves."""
-
-    def rest(self) -> None:
-        """Having just tried in vain, let it be until the next try."""
+    def cancel(self) -> list[float]:
+        """Cancel it; or return the seconds until that can be tried again."""
+        self.fate = Fate.CANCELLED
+        return []
 
 
-innermost: ContextVar[Call | None] = ContextVar("cancelonleave", default=None)
+class Watch(Reader):
+    """Stands in the place of a request's receive(), and knows the calls that end when the client disconnects."""
+
+    read_as: type[Exception] = ClientDisconnect  # what Starlette raises to those who read the disconnect
+    phase = Phase.OPEN
+    calls: tuple[Call, ...] = ()
+    began = 0.0  # when the first call did, by the clock of its event loop
+    is_logged = False
+    _context: Context | None = None
+    _learn: float | None = None  # seconds that others are given to learn of it, once a task has read of it
+    _is_first_look = True
+
+    def __repr__(self) -> str:
+        return f"<Watch {self.phase.value}, calls: {self.calls}>"
+
+    async def __call__(self) -> Message:
+        """Be the request's receive(), also for a thread that runs an event loop of its own, as by asyncio.run()."""
+        is_here = self.loop.is_running_here()
+        if is_cancelled():
+            disconnect: Message | None = None
+            with CancelScope(shield=not is_here):
+                disconnect = await (self.ask() if is_here else self.loop.run(self.ask, lambda _: None))
+            if disconnect is not None:
+                return disconnect
+            await checkpoint_if_cancelled()
+        if not is_here:
+            return await self.loop.run(self.__call__, self.give_back)
+        message = await self.next_message()
+        if message is self.disconnect:
+            self.learn()
+        return message
+
+    def begin(self, call: Call, loop: Loop) -> None:
+        """Count a call among those to be cancelled."""
+        self.calls += (call,)
+        if len(self.calls) == 1:
+            self.loop = loop
+            self._context = copy_context()
+            now = loop.add(self)
+            self.began = self.began or now
+
+    def end(self, call: Call) -> None:
+        self.calls = tuple(each for each in self.calls if each is not call) if len(self.calls) > 1 else ()
+        if not self.calls:
+            self._context = None
+            self.loop.discard(self)
+            self.stop_reading_ahead()
+
+    def start(self) -> None:
+        """Wait for the disconnect from now on, for a call lasts."""
+        if not self.calls:  # they have ended since this was due
+            return
+        if self.may_read_ahead is None:
+            expects_continue = any(name == b"expect" for name, _ in self.scope.get("headers", ()))
+            self.may_read_ahead = not expects_continue or is_read(cast(Request, self.calls[0].request))
+        self.read_ahead(self._context)
+
+    def close(self) -> None:
+        """Note that the response is complete, so a disconnect means nothing from now on."""
+        self.phase = Phase.CLOSED
+
+    def exception(self) -> Exception:
+        """Return what is to be raised in the place of a call that the disconnect has ended."""
+        return ClientClosedRequest()
+
+    def came(self) -> None:
+        if self.phase is not Phase.OPEN:
+            return  # so that there is one look after another, and not two at a time
+        self.phase = Phase.CAME
+        if self.calls:
+            # Not from here: this may be a step of the host's, in which it can't be cancelled (eager tasks, 3.12).
+            self.loop.call_later(0, self._look)
+
+    def learn(self) -> None:
+        """Note that the code that runs now has learned of the disconnect, so its task isn't cancelled on top."""
+        if self._learn is None:
+            self._learn = LEARN
+        host = self.loop.current_task()
+        for call in self.calls:
+            if call.host is host and call.fate is Fate.RUNS:
+                call.fate = Fate.KNOWS
+
+    def _look(self) -> None:
+        """Cancel the calls that still run, or look again when that can be done."""
+        if self.phase is not Phase.CAME or not (due := self._due()):
+            return
+        if self._learn:
+            delays, self._learn = [self._learn], 0.0
+        else:
+            # Calls in other tasks are left for the next look: by then, to cancel the first may have reached them.
+            now = [call for call in due if call is due[0] or not (call.cancels_host and self._is_first_look)]
+            delays = [delay for call in now for delay in call.cancel()] + [RETRY] * (len(now) < len(due))
+            self._is_first_look = self._is_first_look and 0.0 in delays
+        if delays:
+            self.loop.call_later(min(delays), self._look)
+
+    def _due(self) -> list[Call]:
+        """Return the calls to be cancelled: of each task the outermost only, which takes those within along."""
+        hosts: set[object] = set()
+        due: list[Call] = []
+        for call in self.calls:
+            if call.is_due() and not (call.cancels_host and call.host in hosts):
+                due.append(call)
+            if call.cancels_host:
+                hosts.add(call.host)
+        return due
 
 
-def asyncio_task() -> asyncio.Task[Any] | None:  # Any: whatever it returns
+def watch_of(request: Request) -> Watch:
+    """Return what stands in the place of the request's receive(), now at the latest."""
+    # Not by `request.receive`, which a class of the user's may wrap.
+    receive = request._receive  # pyright: ignore[reportPrivateUsage]  # see _replace_receive()
+    if isinstance(receive, Watch):
+        return receive
+    watch = Watch(receive, request.scope)
+    # Somebody asked it before, and some servers say it once only (hypercorn, daphne). Starlette has no public way to
+    # see that without asking the server again; without this name, they are asked again.
+    if getattr(request, "_is_disconnected", False):
+        watch.mark_disconnected({"type": "http.disconnect"})
+    _replace_receive(request, watch)
+    return watch
+
+
+def is_read(request: Request) -> bool:
+    """Whether the body was read already, as FastAPI does before it calls an endpoint that takes it."""
+
+    async def unread() -> Message:
+        raise EOFError
+
+    receive = request._receive  # pyright: ignore[reportPrivateUsage]  # see _replace_receive()
+    _replace_receive(request, unread)
     try:
-        return asyncio.current_task()
-    except RuntimeError:  # under trio; in its guest mode there is an asyncio loop, but it runs no task just now
-        return None
+        request.body().send(None)  # by hand, for there is nothing to await
+    except EOFError:
+        return False
+    except Exception:  # StopIteration with the whole body; or "Stream consumed", as after form()
+        pass
+    finally:
+        _replace_receive(request, receive)
+    return True
+
+
+def _replace_receive(request: Request, receive: Receive) -> None:
+    # The endpoint, and whoever reads this request after it, must get what was read ahead. A new Request would lack the
+    # body, the form and the attributes that dependencies left here.
+    request._receive = receive  # pyright: ignore[reportPrivateUsage]  # see above

@@ -1,4 +1,4 @@
-"""The backends that every behaviour is tested on, and the servers."""
+"""The backends on which every behaviour is tested, and the servers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import fastapi
 import pytest
 import uvloop
 
-from live_client import Live
-from servers import HTTP1
+from tests.servers.client import Live
+from tests.servers.start import HTTP1
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: anyio's own type for backend options
     "asyncio": ("asyncio", {"loop_factory": asyncio.new_event_loop}),
@@ -20,8 +20,8 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: anyio's own type for
 }
 
 
-# Older FastAPI, which the lowest versions allowed include, takes no generator functions for endpoints.
-collect_ignore = [] if hasattr(fastapi, "sse") else ["test_fastapi_generators.py"]
+# FastAPI in the oldest supported versions doesn't accept generator functions as endpoints.
+collect_ignore = [] if hasattr(fastapi, "sse") else ["frameworks/test_fastapi_generators.py"]
 
 
 @pytest.fixture(params=list(BACKENDS.values()), ids=list(BACKENDS))
@@ -31,9 +31,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
 
 @pytest.fixture(scope="session", params=HTTP1)
 def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[Live]:
-    """Have each server run once, and all tests that want it one after the other."""
+    """Start each server once, and run all tests that use it one after another."""
     live = Live(request.param, tmp_path_factory.mktemp("live") / "log")
     yield live
-    unexpected = live.unexpected()  # now: on Python 3.11, asyncio's streams write tracebacks when they are cancelled
+    unexpected = live.unexpected()  # before stop(): on Python 3.11, cancelled asyncio streams write tracebacks
     live.stop()
     assert unexpected == []

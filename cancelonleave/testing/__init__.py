@@ -1,4 +1,4 @@
-"""Ask an ASGI application as a client that leaves when told to, in memory, and see what it does about it."""
+"""Test what an ASGI application does when its client disconnects: an in-memory client that disconnects when told to."""
 
 from ._client import Client as Client
 from ._exchange import Exchange as Exchange

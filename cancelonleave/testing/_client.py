@@ -1,4 +1,4 @@
-"""The client: takes what a test asks for, returns what happened, and fails the test if something was wrong."""
+"""The client: sends the request of a test, returns what happened, and fails the test if something was wrong."""
 
 from __future__ import annotations
 
@@ -8,41 +8,48 @@ from typing import get_args
 from starlette.types import ASGIApp
 from typing_extensions import Unpack
 
-from ._connection import Check, Connection
+from ._connection import Connection
 from ._exchange import Exchange
+from ._faults import Check
 from ._request import Options, scope_and_body
 from ._run import run
 from ._servers import TABLE
 
 
 class Client:
-    """Ask an ASGI application in memory, as a client that leaves when told to.
+    """Send requests to an ASGI application in memory, and disconnect when told to.
 
-    Use it in tests of what an application does when its client leaves in mid-request, which Starlette's TestClient
-    and httpx's transports don't deliver. It is for any ASGI application, decorated or not, and needs no fixture, thread
-    or socket. The application runs in a task of its own; its lifespan is not run. Time is the event loop's, so that
-    trio's MockClock and loops with virtual time make waiting free.
+    Use it to test what an application does when its client disconnects during a request, which neither Starlette's
+    TestClient nor httpx's ASGITransport can simulate. It takes any ASGI application, decorated or not, and needs no
+    fixture, thread or socket. The application runs in a task of its own. The client doesn't run its lifespan: enter
+    `app.router.lifespan_context(app)` around the requests. Time is the event loop's, so with trio's MockClock, or a
+    loop whose time is virtual, waiting takes no time.
 
-    What an application may count on differs between servers. By default the client stands behind one that promises
-    only what all keep, as far as they don't contradict each other. An application that behaves well there:
+    Servers differ in what an application can rely on. By default the client simulates a server that guarantees only
+    what all of them do, as far as they don't contradict each other. There, an application
 
-    - reads on to learn of the leave: `http.disconnect` comes after the unread body (hypercorn, granian, daphne);
-    - remembers it: it comes once, and a later `receive()` waits for ever (hypercorn, daphne);
-    - doesn't take the one that follows a complete response for a leave (all but gunicorn);
-    - doesn't cancel a waiting `receive()` and call it again: body is lost (granian), and after the body the client is
-      said to be gone (gunicorn), as with Starlette's `is_disconnected()`;
-    - doesn't wait for `send()` to fail, though `spec_version` is 2.4: nothing happens (gunicorn), so that a
-      StreamingResponse of Starlette's, from 0.42 on, goes on and on;
-    - can be cancelled in `send()`: one under way when the client leaves never returns (gunicorn on uvloop).
+    - has to read on to learn of the disconnect: `http.disconnect` comes after the unread body (hypercorn, granian,
+      daphne);
+    - has to remember it: it comes once, and a later `receive()` waits forever (hypercorn, daphne);
+    - has to ignore the disconnect that follows a complete response (all but gunicorn);
+    - can't cancel a `receive()` and call it again, as Starlette's `is_disconnected()` does: if it was about to return
+      body, that is lost (granian), and if it waited for the disconnect, a false one follows (gunicorn);
+    - can't rely on `send()` to raise an error, though `spec_version` is 2.4 (gunicorn). Since 0.42, an undecorated
+      StreamingResponse of Starlette's does, so it goes on until it has sent everything.
 
-    What contradicts this is left to the servers by name: no `spec_version` (daphne), unread body dropped (uvicorn,
-    gunicorn), no disconnect after a response (gunicorn), `OSError` from `send()` (gunicorn-h2). Not modelled are
-    buffers, and that a server itself cancels a request, 3 s (gunicorn) or 10 s (daphne) after the leave.
+    Choose a server by name for what contradicts this: no `spec_version` (daphne), unread body dropped (uvicorn,
+    gunicorn), no disconnect after a response (gunicorn), a `send()` that raises OSError (gunicorn-h2) or never returns
+    (gunicorn-uvloop). Buffers aren't simulated, nor is the way in which some servers cancel a request by themselves,
+    3 s (gunicorn) or 10 s (daphne) after the disconnect.
+
+    https://github.com/cancelonleave/cancelonleave/blob/main/cancelonleave/testing/README.md has examples, and a table
+    of the checks.
 
     Args:
         app: The ASGI application.
-        server: Whose behaviour the application meets, "strict" or one of `SERVERS`.
-        timeout: Seconds that the application may go on after the leave or, if the client stays, in all.
+        server: The server to simulate: "strict", "gunicorn-uvloop" or one of `SERVERS`.
+        timeout: Seconds that the application may go on after the disconnect or, if the client stays, in all. Time
+            that the whole process spends halted, as by a debugger, is hardly counted.
         unchecked: Checks to leave out, each with the reason: "tasks left behind", "unbalanced cancelling" (of the
             application's asyncio task), "concurrent receive" or "message order".
 
@@ -90,20 +97,28 @@ class Client:
         """Send a DELETE request; see `request()`."""
         return await self.request("DELETE", path, **options)
 
-    async def request(self, method: str, path: str, **options: Unpack[Options]) -> Exchange:
-        """Send a request, leave when told to, and return what happened once the application has ended.
+    async def head(self, path: str, **options: Unpack[Options]) -> Exchange:
+        """Send a HEAD request; see `request()`."""
+        return await self.request("HEAD", path, **options)
 
-        What the application raises is not raised here but reported, as servers do. Once its response is complete, the
-        client no longer leaves.
+    async def options(self, path: str, **options: Unpack[Options]) -> Exchange:
+        """Send an OPTIONS request; see `request()`."""
+        return await self.request("OPTIONS", path, **options)
+
+    async def request(self, method: str, path: str, **options: Unpack[Options]) -> Exchange:
+        """Send a request, disconnect when told to, and return what happened when the application has ended.
+
+        What the application raises isn't raised here: it is `Exchange.error`, since servers only log it. Once the
+        response is complete, the client no longer disconnects.
 
         Args:
-            method: Of HTTP.
-            path: With a query, or without.
-            options: The rest of the request, and when to leave; see `Options`.
+            method: The HTTP method.
+            path: The path, with or without a query.
+            options: The rest of the request, and when to disconnect; see `Options`.
 
         Raises:
             AssertionError: If the application goes on for longer than the timeout, or fails a check.
-            TypeError: If more than one body is given.
+            TypeError: If there is no such option, more than one body, or a whole URL that isn't the client's.
         """
         __tracebackhide__ = True
         server = TABLE[self._server]
@@ -125,8 +140,10 @@ class Client:
             asked_for_body=connection.asked_for_body,
             body_consumed=connection.body_consumed,
         )
-        # Unlike the checks, the timeout has no name to leave it out by.
-        faults = [fault for check, fault in connection.faults if check not in self._unchecked]
+        faults = [fault for fault in connection.faults if fault.check not in self._unchecked]
         if faults:
-            raise AssertionError("\n".join((*faults, repr(exchange)))) from exchange.error
+            ways_out = dict.fromkeys(fault.way_out for fault in faults)
+            raise AssertionError(
+                "\n".join([*(fault.text for fault in faults), repr(exchange), *ways_out])
+            ) from exchange.error
         return exchange

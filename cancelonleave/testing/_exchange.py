@@ -1,4 +1,4 @@
-"""What happened in one request, in one object that doesn't change."""
+"""What happened during one request, in one object that doesn't change."""
 
 from __future__ import annotations
 
@@ -16,45 +16,51 @@ class Sent(NamedTuple):
     """An ASGI message that the application sent, and when."""
 
     seconds: float
-    """Since the request began."""
+    """Seconds since the request began."""
     message: Mapping[str, Any]  # Any: ASGI's own type for a message
-    """The message as it was then."""
+    """The message, as it was at that time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Exchange:
-    """What the client asked, what it did, and what the application did about it.
+    """What the client requested, when it disconnected, and what the application did.
 
-    The response is what the application sent, be it that the client got it or that it had left by then: a decorated
-    endpoint's status is 499 although nobody reads it. Compare the times in `messages` with `left_after` to tell.
+    The response is what the application sent, whether or not the client was still there: a decorated endpoint's status
+    is 499 although nobody reads it. To see what was sent before the disconnect, compare the times in `messages`
+    with `left_after`.
     """
 
     request: str
     """Method and path."""
     server: str
-    """The name of the server that the client stood behind."""
+    """The name of the server that was simulated."""
     messages: tuple[Sent, ...]
     """Every message that the application sent, in order."""
     left_after: float | None
-    """Seconds from the request to the client's leaving; None if it stayed until the response was complete."""
+    """Seconds from the request to the disconnect; None if the client stayed until the response was complete."""
     ended_after: float
-    """Seconds from the request to the end of the application's call, background tasks included."""
+    """Seconds from the request to the end of the application's call, including background tasks."""
     error: BaseException | None
     """What the application raised, which a server would log."""
     asked_for_body: bool
-    """Whether the application called `receive()`, which makes most servers send `100 Continue`."""
+    """Whether the application called `receive()`, at which most servers send `100 Continue`."""
     body_consumed: bool
-    """Whether the application received the last piece of the request's body."""
+    """Whether the application received the last chunk of the request's body."""
 
     @property
     def seconds_after_leave(self) -> float | None:
-        """Seconds from the client's leaving to the end of the application's call; None if the client stayed."""
+        """Seconds from the disconnect to the end of the application's call; None if the client stayed."""
         return None if self.left_after is None else self.ended_after - self.left_after
 
     @property
     def status(self) -> int | None:
         """The response's status; None if there is no response."""
         return next((message.get("status") for message in self._of("http.response.start")), None)
+
+    @property
+    def status_code(self) -> int | None:
+        """The same as `status`, by the name that it has in httpx."""
+        return self.status
 
     @property
     def headers(self) -> Headers:
@@ -64,8 +70,8 @@ class Exchange:
     @property
     def body(self) -> bytes:
         """The response's body, as far as it was sent."""
-        pieces = (message.get("body") for message in self._of("http.response.body"))
-        return b"".join(piece for piece in pieces if isinstance(piece, bytes))
+        chunks = (message.get("body") for message in self._of("http.response.body"))
+        return b"".join(chunk for chunk in chunks if isinstance(chunk, bytes))
 
     @property
     def text(self) -> str:
@@ -91,6 +97,6 @@ class Exchange:
         if self.left_after is None:
             course = f"stayed, ended after {self.ended_after:.3f} s"
         else:
-            course = f"left at {self.left_after:.3f} s, ended {self.seconds_after_leave:.3f} s later"
+            course = f"disconnected at {self.left_after:.3f} s, ended {self.seconds_after_leave:.3f} s later"
         raised = "" if self.error is None else f", RAISED {self.error!r}"
         return f"<Exchange {self.request} on {self.server}: {response}, {len(self.body)} bytes, {course}{raised}>"

@@ -14,7 +14,7 @@ class Order:
     """How far a response has come, and whether the next message may follow.
 
     Args:
-        extensions: Message types beside ASGI's own that the server takes, at any time.
+        extensions: Types of messages that the server takes at any time, besides ASGI's own.
     """
 
     complete = False

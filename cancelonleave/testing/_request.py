@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from anyio import Event
 from starlette.datastructures import MutableHeaders
@@ -13,36 +13,46 @@ from starlette.types import Scope
 
 from ._servers import Server
 
+HOST = "testserver"
 Body = bytes | Iterable[bytes] | AsyncIterable[bytes]
 
 
 class Options(TypedDict, total=False):
-    """What a request can have beside its method and path, and when its client leaves: at the first that happens."""
+    """The rest of a request, and when its client disconnects: at whichever comes first."""
 
     params: Mapping[str, object]
-    """Of the query, beside those in the path; lists for what comes several times."""
+    """The query, in addition to the path's own. A list gives a parameter several times."""
     headers: Mapping[str, str] | Sequence[tuple[str, str]]
-    """With `Expect: 100-continue` the body waits until the server asks for it."""
+    """With `Expect: 100-continue` the client sends its body only when the server asks for it."""
+    cookies: Mapping[str, str]
+    """Sent with this request; the client keeps none from one request to the next."""
     json: Any  # whatever json.dumps() takes
-    """The body."""
+    """The body, as JSON."""
     data: Mapping[str, object]
     """The body, as a form."""
     content: Body
-    """The body: bytes, or pieces to be sent one by one, each when the application has received the one before."""
+    """The body: bytes, or chunks to be sent one by one, each when the application has received the one before."""
     leave_after: float
-    """Seconds from the request; 0 is before the application starts."""
+    """Disconnect so many seconds after the request; 0 is before the application starts."""
     leave_when: Event
-    """An event of anyio's, which the application or the test sets."""
+    """Disconnect when this event of anyio's is set, by the application or the test."""
     leave_after_received: int
-    """Pieces of the response's body; 0 is the start of the response."""
+    """Disconnect after so many chunks of the response's body; 0 is the start of the response."""
     leave_after_sent: int
-    """Pieces of the request's body that the application has received (daphne: the server); 0 is before the first."""
+    """Disconnect after the application has received so many chunks of the request's body; 0 is before the first.
+
+    With daphne it is the server that receives them.
+    """
 
 
 def scope_and_body(method: str, path: str, options: Options, server: Server) -> tuple[Scope, Body]:
     """Return what the server passes to the application, and what the client sends to the server."""
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        known = ", ".join(Options.__annotations__)
+        raise TypeError(f"A request has no option {' or '.join(map(repr, sorted(unknown)))}. Choose from {known}.")
     body, content_type = _body(options)
-    path, _, query = path.partition("?")
+    path, query = _path_and_query(path)
     query = "&".join(part for part in (query, urlencode(options.get("params", {}), doseq=True)) if part)
     asgi = {"version": "3.0"} | ({"spec_version": server.spec_version} if server.spec_version else {})
     scope: Scope = {
@@ -57,17 +67,25 @@ def scope_and_body(method: str, path: str, options: Options, server: Server) -> 
         "root_path": "",
         "headers": _headers(options, body, content_type),
         "client": ("127.0.0.1", 50000),
-        "server": ("testserver", 80),
+        "server": (HOST, 80),
     }
     if server.extensions is not None:
         scope["extensions"] = {name: {} for name in server.extensions}
     return scope, body
 
 
+def _path_and_query(url: str) -> tuple[str, str]:
+    """Take a path with or without a query, or a whole URL of the client's own host."""
+    parts = urlsplit(url)
+    if (parts.scheme, parts.netloc) not in (("", ""), ("http", HOST)):
+        raise TypeError(f"The client is connected to http://{HOST}, which {url!r} doesn't belong to. Pass a path.")
+    return f"/{parts.path.removeprefix('/')}", parts.query
+
+
 def _body(options: Options) -> tuple[Body, str | None]:
     given = options.keys() & {"json", "data", "content"}
     if len(given) > 1:
-        raise TypeError(f"A request has one body, but {' and '.join(sorted(given))} are given. Choose one.")
+        raise TypeError(f"A request has one body, but {' and '.join(sorted(given))} were given. Choose one.")
     if "json" in options:
         return json.dumps(options["json"]).encode(), "application/json"
     if "data" in options:
@@ -79,7 +97,9 @@ def _headers(options: Options, body: Body, content_type: str | None) -> list[tup
     given = options.get("headers", {})
     pairs = given.items() if isinstance(given, Mapping) else given
     headers = MutableHeaders(raw=[(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs])
-    headers.setdefault("host", "testserver")
+    headers.setdefault("host", HOST)
+    if cookies := options.get("cookies"):
+        headers.append("cookie", "; ".join(f"{name}={value}" for name, value in cookies.items()))
     if content_type is not None:
         headers.setdefault("content-type", content_type)
     if not isinstance(body, bytes):

@@ -1,9 +1,12 @@
-"""Runs an application for one request, beside a client that sends and leaves, and looks at what it leaves behind."""
+"""Runs an application for one request, beside a client that sends and disconnects, and finds what it leaves behind."""
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable
 from functools import partial
+from traceback import format_tb
 
 from anyio import Event, create_task_group, current_effective_deadline, get_cancelled_exc_class, move_on_after, sleep
 from anyio.abc import TaskGroup
@@ -11,10 +14,20 @@ from anyio.lowlevel import checkpoint
 from starlette.types import ASGIApp, Scope
 
 from ._connection import Connection
+from ._faults import Fault
 from ._request import Body, Options
-from ._tasks import asyncio_task, asyncio_tasks, descriptions, own_tasks
+from ._tasks import Task, asyncio_task, cancel_tasks, closes_generator, description, own_tasks, tasks_of
 
-GRACE = 3  # turns of the event loop, in which cancelled tasks that nobody awaits come to their end
+STEPS = 100  # of the timeout
+MOMENT = 0.05  # seconds for the tasks that end with the request, which a thread may hold a little longer
+PAUSE = 0.005  # seconds between two looks at them
+TURNS = 3  # of the event loop, for each look
+LONGER = "If it may take longer, allow that: Client(app, timeout=...)"
+BLOCKED = (
+    "It waits in send(), which on this server, chosen by name, never returns if the client disconnects meanwhile. "
+    "The decorator interrupts the send() of a StreamingResponse, but not the one that FastAPI itself calls for its "
+    "generator endpoints (JSON Lines, server-sent events). Choose another server for them."
+)
 
 
 async def run(app: ASGIApp, connection: Connection, scope: Scope, body: Body, options: Options, timeout: float) -> None:
@@ -24,15 +37,16 @@ async def run(app: ASGIApp, connection: Connection, scope: Scope, body: Body, op
             _start_client(tasks, connection, scope, body, options)
             tasks.start_soon(_serve, app, connection, scope, name="application")
             await _wait_for_end(connection, options.get("leave_after") or 0, timeout)
-            for task in asyncio_tasks(connection) if connection.ended_after is None else ():
-                task.cancel()  # natively, since anyio's cancellation waits for the end of shields
+            if connection.ended_after is None:
+                cancel_tasks(connection)
             tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None  # the test's own, as from the iterable that it sends
-    for _ in range(GRACE):
-        await checkpoint()
-    for description in descriptions(connection):
-        connection.faults.append(("tasks left behind", f"The application ended without its task {description}"))
+    await _wait_for_tasks(connection, timeout)
+    for task in tasks_of(connection):
+        if not closes_generator(task):
+            fault = f"The application ended, but left a task behind: {description(task)}"
+            connection.faults.append(Fault("tasks left behind", fault))
 
 
 def _start_client(tasks: TaskGroup, connection: Connection, scope: Scope, body: Body, options: Options) -> None:
@@ -43,21 +57,21 @@ def _start_client(tasks: TaskGroup, connection: Connection, scope: Scope, body: 
         tasks.start_soon(partial(connection.upload, body, invited=invited))
     seconds, event = options.get("leave_after"), options.get("leave_when")
     if (seconds is not None and seconds <= 0) or (event is not None and event.is_set()):
-        connection.leave()
+        connection.disconnect()
     if seconds is not None:
-        tasks.start_soon(_leave_after, connection, seconds)
+        tasks.start_soon(_disconnect_after, connection, seconds)
     if event is not None:
-        tasks.start_soon(_leave_when, connection, event)
+        tasks.start_soon(_disconnect_when, connection, event)
 
 
-async def _leave_after(connection: Connection, seconds: float) -> None:
+async def _disconnect_after(connection: Connection, seconds: float) -> None:
     await sleep(seconds)
-    connection.leave()
+    connection.disconnect()
 
 
-async def _leave_when(connection: Connection, event: Event) -> None:
+async def _disconnect_when(connection: Connection, event: Event) -> None:
     await event.wait()
-    connection.leave()
+    connection.disconnect()
 
 
 async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
@@ -77,17 +91,53 @@ async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
     cancelling = 0 if (task := asyncio_task()) is None else task.cancelling()
     if cancelling:
         fault = f"The application caught {cancelling} cancellation(s) of its task without calling task.uncancel()."
-        connection.faults.append(("unbalanced cancelling", fault))
+        connection.faults.append(Fault("unbalanced cancelling", fault))
 
 
 async def _wait_for_end(connection: Connection, leave_after: float, timeout: float) -> None:
-    patience = f"{leave_after + timeout:g} s though the client stayed"
-    with move_on_after(leave_after + timeout):
-        await connection.until(lambda: connection.over)
+    """Wait for the end of the application, until the timeout, and report it if it goes on."""
+    since = f"after {leave_after + timeout:g} s, and the client had stayed"
+    await _wait(lambda: connection.over, connection, leave_after + timeout)
     if connection.left_after is not None:
-        patience = f"{timeout:g} s after the client left"
-        with move_on_after(timeout):
-            await connection.until(lambda: connection.ended_after is not None)
+        since = f"{timeout:g} s after the client disconnected"
+        await _wait(lambda: connection.ended_after is not None, connection, timeout)
     if connection.ended_after is None:
-        waiting = "".join(f"\nin task {description}" for description in descriptions(connection))
-        connection.faults.append((None, f"The application still ran {patience}, waiting{waiting}"))
+        tasks = "".join(f"\n- {description(task)}" for task in tasks_of(connection))
+        fault = f"The application was still running {since}. Its tasks wait here:{tasks}"
+        connection.faults.append(Fault(None, fault, BLOCKED if connection.blocks else LONGER))
+
+
+async def _wait(condition: Callable[[], bool], connection: Connection, seconds: float) -> None:
+    """Wait for the condition, in steps, of which a busy machine or a debugger that halts everything takes only one."""
+    for _ in range(STEPS):
+        with move_on_after(seconds / STEPS):
+            await connection.until(condition)
+        if condition():
+            break
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Turn tracebacks into notes: a server drops them, but here they would keep the request, and with it a task."""
+    if error is not None and error.__traceback__ is not None:
+        error.add_note("".join(format_tb(error.__traceback__)))
+        error.__traceback__ = None
+        inner: tuple[BaseException, ...] = getattr(error, "exceptions", ())  # if it is a group
+        for each in (error.__cause__, error.__context__, *inner):
+            _forget_frames(each)
+
+
+async def _wait_for_tasks(connection: Connection, timeout: float) -> None:
+    """Wait a moment for the tasks that end with the request, and until the timeout for generators that are closed."""
+    looks = 0
+    while True:
+        tasks: list[Task] = []
+        for _ in range(TURNS):  # between two generators that are closed one after the other, there is no task
+            await checkpoint()
+            tasks += tasks_of(connection)
+        if not tasks or looks * PAUSE >= (timeout if any(map(closes_generator, tasks)) else MOMENT):
+            break
+        if looks == 1:
+            _forget_frames(connection.error)
+            gc.collect()  # the request may be part of a reference cycle
+        await sleep(PAUSE)
+        looks += 1

@@ -1,29 +1,28 @@
-"""Finds the tasks of one request, on asyncio and trio, and says where they wait."""
+"""Finds the tasks of one request, on asyncio and trio."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import sys
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import Context, ContextVar
-from os.path import dirname
-from traceback import FrameSummary, format_list
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from . import _connection
+from ._frames import INSTALLED, describe
 
 if TYPE_CHECKING:
     import trio
 
+# A string, since trio need not be installed. Any: of whatever result.
+Task: TypeAlias = "asyncio.Task[Any] | trio.lowlevel.Task"
+
 _owner: ContextVar[object] = ContextVar("owner")
-_SERVER = _connection.__file__
-_LIBRARIES = (dirname(__file__), *map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")))
 
 
 def own_tasks(owner: object) -> None:
-    """Count the current task, and those that it and its children start from now on, among the owner's."""
+    """Give the current task, and those that it and its children start from now on, to the owner."""
     _owner.set(owner)
 
 
@@ -35,46 +34,49 @@ def asyncio_task() -> asyncio.Task[Any] | None:  # Any: of whatever result
         return None
 
 
-def asyncio_tasks(owner: object) -> list[asyncio.Task[Any]]:  # Any: of whatever result
-    """Return the owner's tasks that have not ended; none on trio."""
+def tasks_of(owner: object) -> list[Task]:
+    """Return the owner's tasks that have not ended, without those that a library started for the whole process."""
     if asyncio_task() is None:
-        return []
-    return [task for task in asyncio.all_tasks() if _context(task).get(_owner) is owner]
+        return [task for task in _trio_tasks() if task.context.get(_owner) is owner]
+    running = asyncio.all_tasks()
+    return [task for task in running if _context(task).get(_owner) is owner and not _is_process_wide(task, running)]
 
 
-def descriptions(owner: object) -> list[str]:
-    """Return the owner's tasks that have not ended by name and, on asyncio, where they wait."""
-    if asyncio_task() is None:
-        return [task.name for task in _trio_tasks() if task.context.get(_owner) is owner]
-    return [f"{task.get_name()}\n{where(task)}".rstrip() for task in asyncio_tasks(owner)]
+def cancel_tasks(owner: object) -> None:
+    """Cancel the owner's asyncio tasks natively, since a cancel scope's cancellation would wait for shields to end."""
+    for task in tasks_of(owner):
+        if isinstance(task, asyncio.Task):
+            task.cancel()
 
 
-def where(task: asyncio.Task[Any]) -> str:  # Any: of whatever result
-    """Format the innermost frame of a task, and the innermost five outside of libraries or in the server's part."""
-    frames = list(_frames(task.get_coro()))
-    own = [frame for frame in frames[:-1] if frame.filename == _SERVER or not frame.filename.startswith(_LIBRARIES)]
-    return "".join(format_list([*own[-5:], *frames[-1:]]))
+def closes_generator(task: Task) -> bool:
+    """Whether the task only closes an async generator, as the event loop does when one is garbage collected."""
+    return type(_coroutine(task)).__name__ == "async_generator_athrow"  # the type has no public name
 
 
-def _frames(awaited: object) -> Iterator[FrameSummary]:
-    while awaited is not None:
-        for kind in ("cr", "gi", "ag"):
-            frame = getattr(awaited, f"{kind}_frame", None)
-            if frame is not None:
-                yield FrameSummary(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
-        awaited = _awaited_by(awaited)
+def description(task: Task) -> str:
+    """Name the task and its coroutine, with where that is defined and where it waits."""
+    name = task.get_name() if isinstance(task, asyncio.Task) else task.name
+    return f"{name}, which runs {describe(_coroutine(task))}"
 
 
-def _awaited_by(awaited: object) -> object:
-    for name in ("cr_await", "gi_yieldfrom", "ag_await"):
-        if hasattr(awaited, name):
-            return getattr(awaited, name)
-    # Neither `async for` nor __await__() shows by an attribute what it waits for.
-    inner = (each for each in gc.get_referents(awaited) if hasattr(each, "ag_frame") or hasattr(each, "cr_frame"))
-    return next(inner, None)
+def _is_process_wide(task: asyncio.Task[Any], running: Iterable[asyncio.Task[Any]]) -> bool:  # Any: as above
+    """Whether a library started the task once: its coroutine takes nothing from a request and runs only here.
+
+    The watcher of sse-starlette is one. The first request starts it, and it runs until the server shuts down.
+    """
+    code = getattr(task.get_coro(), "cr_code", None)
+    if code is None or not code.co_filename.startswith(INSTALLED):
+        return False
+    takes_nothing = inspect.getargs(code) == ([], None, None) and not code.co_freevars
+    return takes_nothing and [getattr(other.get_coro(), "cr_code", None) for other in running].count(code) == 1
 
 
-def _context(task: asyncio.Task[Any]) -> Context:  # Any: of whatever result
+def _coroutine(task: Task) -> object:
+    return task.get_coro() if isinstance(task, asyncio.Task) else task.coro
+
+
+def _context(task: asyncio.Task[Any]) -> Context:  # Any: as above
     referents = gc.get_referents(task)  # before Python 3.12 nothing else leads there
     return task.get_context() if sys.version_info >= (3, 12) else next(r for r in referents if isinstance(r, Context))
 

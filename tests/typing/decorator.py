@@ -81,7 +81,7 @@ class Methods:
     async def __call__(self, request: Request) -> Response: ...
 
 
-# Each keeps the type that it had, parameter names and defaults included.
+# Each keeps its type, including parameter names and defaults.
 async def use(request: Request) -> None:
     assert_type(await bare(request, 2026), Response)
     assert_type(await bare(request, year=2026, q="all"), Response)
@@ -90,7 +90,7 @@ async def use(request: Request) -> None:
     assert_type(await hooked_async(year=2026), str)
     assert_type(generator(2026), AsyncIterator[int])
     assert_type(sync_generator(2026), Iterator[int])
-    assert_type(sync(2026), str)  # who calls it, rather than a framework, must await it all the same
+    assert_type(sync(2026), str)  # code that calls it directly must await it nevertheless
     assert_type(await stream(), StreamingResponse)
     assert_type(await Methods().get(request), Response)
     assert_type(await Methods.static(request), Response)
@@ -99,6 +99,7 @@ async def use(request: Request) -> None:
     assert_type(cancel_on_disconnect(Methods()), Methods)
     assert_type(await cancel_on_disconnect(functools.partial(called, 2026))(), str)
     assert_type(await cancel_on_disconnect(Methods().get)(request), Response)
+    assert_type(await cancel_on_disconnect(called, on_disconnect=count)(year=2026), str)
 
 
 routes = Starlette(routes=[Route("/", bare), Route("/method", Methods().get)])
@@ -122,8 +123,8 @@ cancel_on_disconnect(on_disconnect=needs_more)  # type: ignore[arg-type]
 cancel_on_disconnect(on_disconnect=takes_scope)  # type: ignore[arg-type]
 cancel_on_disconnect(on_leave=count)  # type: ignore[call-overload]
 cancel_on_disconnect("report")  # type: ignore[call-overload]
-cancel_on_disconnect(bare, on_disconnect=count)  # type: ignore[call-overload]
-# Refused when it runs, but a class is a callable to type checkers.
+cancel_on_disconnect(bare, count)  # type: ignore[call-overload]
+# Refused at run time, but a class is a callable to type checkers.
 assert_type(cancel_on_disconnect(Methods), type[Methods])
 
 error: ClientDisconnect = ClientClosedRequest()

@@ -1,4 +1,4 @@
-"""Asks pyright's language server, as an editor does, what it shows when the mouse rests on a decorated endpoint."""
+"""Asks pyright's language server, as an editor does, what it shows for a decorated endpoint under the mouse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHOWN = ["report(", "year: int", 'q: str = ""', "list[int]", "Return the report.
 
 
 class Server:
-    """The language server, spoken to in JSON-RPC."""
+    """A connection to the language server in JSON-RPC."""
 
     def __init__(self, stdin: IO[bytes], stdout: IO[bytes]) -> None:
         self.stdin = stdin
@@ -32,7 +32,7 @@ class Server:
         self.stdin.write(b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
         self.stdin.flush()
 
-    def request(self, method: str, params: object) -> Any:  # Any: the result, of whatever shape
+    def request(self, method: str, params: object) -> Any:  # Any: a result of any shape
         self.send(id=method, method=method, params=params)
         while True:
             message = self.receive()
@@ -51,7 +51,7 @@ class Server:
 
 
 def main() -> None:
-    """Fail if the signature of the endpoint isn't shown as written."""
+    """Exit with an error if the signature of the endpoint isn't shown as written."""
     with subprocess.Popen(["pyright-langserver", "--stdio"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout

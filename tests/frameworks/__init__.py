@@ -1,0 +1,1 @@
+"""How FastAPI and Starlette treat decorated endpoints, in memory."""

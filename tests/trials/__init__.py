@@ -1,0 +1,1 @@
+"""Random requests and streams, in memory and in virtual time."""

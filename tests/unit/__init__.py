@@ -1,0 +1,1 @@
+"""One behaviour of the package at a time, in memory."""
