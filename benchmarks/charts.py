@@ -1,4 +1,4 @@
-"""Draws the pictures, legible on white and on black."""
+"""Draws the charts, which are legible on white and on black."""
 
 # matplotlib gives its **kwargs no types.
 # pyright: reportUnknownMemberType=false
@@ -8,14 +8,14 @@ from __future__ import annotations
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, MIDDLEWARE, OURS
-from report import RESULTS
+from benchmarks.report import RESULTS
+from benchmarks.shared.implementations import ARTICLE, BARE, FASTAPI_DISCONNECT, MIDDLEWARE, OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY = "#808080"  # reads on both
+GREY = "#808080"  # legible on white and on black
 COLOURS = {
     BARE: "#909090",
     OURS: "#f2711c",
@@ -29,11 +29,11 @@ COLOURS = {
 }
 WIDTH, HEIGHT = 8.0, 3.6  # inches, of 100 pixels
 
-Numbers = dict[str, dict[str, float]]  # by contestant, then by group or place on the x-axis
+Numbers = dict[str, dict[str, float]]  # by implementation, then by group or place on the x-axis
 
 
 def bars(file: str, title: str, numbers: Numbers) -> None:
-    """Draw groups of bars, one bar for each contestant, the higher the more."""
+    """Draw groups of bars, one bar for each implementation."""
     figure, axes = _axes(title)
     width = 0.85 / len(numbers)
     for place, (name, values) in enumerate(numbers.items()):
@@ -46,7 +46,7 @@ def bars(file: str, title: str, numbers: Numbers) -> None:
 
 
 def lines(file: str, title: str, under: str, numbers: Numbers) -> None:
-    """Draw a line for each contestant, over numbers at equal distances."""
+    """Draw a line for each implementation, over numbers at equal distances on the x-axis."""
     figure, axes = _axes(title)
     for name, values in numbers.items():
         thick = 3 if name == OURS else 1.5
@@ -57,7 +57,7 @@ def lines(file: str, title: str, under: str, numbers: Numbers) -> None:
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
-    # Here, since server processes import this room by the way, and would take seconds longer to start.
+    # Imported here because server processes import this module too, and would take seconds longer to start.
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 

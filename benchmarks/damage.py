@@ -1,4 +1,4 @@
-"""What is left behind in a database when clients leave in the middle of it."""
+"""What remains in a database when clients disconnect in the middle of a request."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastapi import Depends, FastAPI, Request
 from psycopg import AsyncConnection
 from starlette.types import ASGIApp
 
-import report
-from contestants import Endpoint, contestants
-from database import POOL_SIZE, Pool, database, open_pool
-from serving import TIMEOUT, Server, serve
+from benchmarks import report
+from benchmarks.shared.database import POOL_SIZE, Pool, database, open_pool
+from benchmarks.shared.implementations import Endpoint, implementations
+from benchmarks.shared.servers import TIMEOUT, Server, serve
 
-CLIENTS = 10  # at once
-LEAVES = (0.1, 0.3)  # seconds after which a client leaves: at random between these
+CLIENTS = 10  # at the same time
+DISCONNECT_AFTER = (0.1, 0.3)  # seconds after which a client disconnects: at random between these
 WORK = 0.4  # seconds that an endpoint takes
 TABLES = """
 CREATE TABLE locks (id int PRIMARY KEY);
@@ -31,7 +31,7 @@ FOUND: dict[str, LiteralString] = {
     "locks left held": "SELECT count(*) FROM locks",
     "jobs left running": "SELECT count(*) FROM jobs WHERE state = 'running'",
     "half-committed": "SELECT count(*) FROM (SELECT id FROM postings GROUP BY id HAVING count(*) = 1) halves",
-    "queries computed for nobody": "SELECT count(*) FROM computed",
+    "queries run to their end": "SELECT count(*) FROM computed",
 }
 
 Counts = dict[str, int]
@@ -41,7 +41,7 @@ counts = {"begun": 0, "ended": 0, "endpoints run to their end": 0}
 
 @contextmanager
 def counted() -> Generator[None]:
-    """Note that an endpoint begins and ends."""
+    """Count an endpoint when it begins and when it ends."""
     counts["begun"] += 1
     try:
         yield
@@ -51,7 +51,7 @@ def counted() -> Generator[None]:
 
 
 async def lock(request: Request, key: int) -> None:
-    """Hold a lock that is a row, as one in Redis is a key."""
+    """Hold a lock that is a row, as a lock in Redis is a key."""
     pool: Pool = request.state.pool
     with counted():
         async with pool.connection() as connection:
@@ -63,7 +63,7 @@ async def lock(request: Request, key: int) -> None:
 
 
 async def job(request: Request, key: int) -> None:
-    """Keep a job's state in a row, and take no connection for longer than that needs."""
+    """Keep a job's state in a row, and hold a connection only to write it."""
     pool: Pool = request.state.pool
     with counted():
         try:
@@ -91,7 +91,7 @@ async def transfer(request: Request, key: int, connection: Annotated[AsyncConnec
 
 
 async def query(request: Request, key: int) -> None:
-    """Have the database compute, which leaves a row if it comes to its end."""
+    """Have the database compute; it inserts a row if it finishes."""
     pool: Pool = request.state.pool
     with counted():
         async with pool.connection() as connection:
@@ -112,8 +112,8 @@ async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any]]:  # Any: as S
         yield {"pool": pool}
 
 
-def app(contestant: str, framework: str) -> ASGIApp:
-    guard = contestants()[contestant]
+def app(implementation: str, framework: str) -> ASGIApp:
+    guard = implementations()[implementation]
     api = FastAPI(lifespan=lifespan)
     for path, endpoint in CASES.items():
         api.get(path, response_model=None)(guard.decorate(endpoint))
@@ -121,21 +121,21 @@ def app(contestant: str, framework: str) -> ASGIApp:
     return guard.wrap(api)
 
 
-async def leave(server: Server, path: str, leaves: int) -> None:
-    """Ask so many times, and leave in the middle of it."""
-    keys = iter(range(leaves))
+async def disconnect(server: Server, path: str, disconnects: int) -> None:
+    """Send this many requests, and disconnect in the middle of each."""
+    keys = iter(range(disconnects))
 
     async def client() -> None:
         for key in keys:
             connection = await server.open(f"{path}?key={key}")
-            await asyncio.sleep(random.uniform(*LEAVES))
+            await asyncio.sleep(random.uniform(*DISCONNECT_AFTER))
             connection.close()
 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
 
 
 async def at_rest(server: Server) -> Counts:
-    """Return the server's own counts when all that has begun has ended, and a second has passed since."""
+    """Return the server's own counts once every endpoint that began has ended, and a second has passed."""
     async with asyncio.timeout(TIMEOUT):
         before: Counts = {}
         while True:
@@ -146,13 +146,13 @@ async def at_rest(server: Server) -> Counts:
             await asyncio.sleep(1)
 
 
-async def measure(contestant: str, leaves: int) -> Counts:
-    """Serve a contestant beside an empty database, and count what is left in the end."""
+async def measure(implementation: str, disconnects: int) -> Counts:
+    """Serve an implementation with an empty database, and count what remains at the end."""
     connection = await AsyncConnection.connect(autocommit=True)
-    async with connection, serve("uvicorn", "damage", contestant, "FastAPI") as server:
+    async with connection, serve("uvicorn", "damage", implementation, "FastAPI") as server:
         await connection.execute(f"DROP SCHEMA public CASCADE; CREATE SCHEMA public; {TABLES}".encode())
         for path in CASES:
-            await leave(server, path, leaves)
+            await disconnect(server, path, disconnects)
             await at_rest(server)
         counts = await at_rest(server)
         found = {name: await _count(connection, query) for name, query in FOUND.items()}
@@ -167,15 +167,15 @@ async def _count(connection: AsyncConnection, query: LiteralString) -> int:
 
 
 def main() -> None:
-    """Measure everybody on uvicorn and FastAPI."""
+    """Measure every implementation on uvicorn and FastAPI."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--leaves", type=int, default=200, help="of each case (default: %(default)s)")
+    parser.add_argument("--disconnects", type=int, default=200, help="of each case (default: %(default)s)")
     options = parser.parse_args()
     with database():
-        results = {name: asyncio.run(measure(name, options.leaves)) for name in contestants()}
+        results = {name: asyncio.run(measure(name, options.disconnects)) for name in implementations()}
     columns = list(next(iter(results.values())))
     rows = {name: [str(number) for number in counts.values()] for name, counts in results.items()}
-    report.save("damage", [report.table(f"of {options.leaves} leaves each", columns, rows)], results)
+    report.save("damage", [report.table(f"of {options.disconnects} disconnects each", columns, rows)], results)
 
 
 if __name__ == "__main__":

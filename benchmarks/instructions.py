@@ -1,4 +1,4 @@
-"""How many machine instructions one request costs more: they repeat, as microseconds don't."""
+"""How many machine instructions are added to a request: unlike microseconds, they are the same in each run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import charts
-import report
-from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, contestants
-from overhead import BACKENDS, CASES, block, build
+from benchmarks import charts, report
+from benchmarks.overhead import BACKENDS, CASES, block, build
+from benchmarks.shared.implementations import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, implementations
 
 WARM_UP = 100  # requests
-FEW, MANY = 100, 400  # requests: what a process costs by itself falls out of the difference
-COUNTED = ["at once", "3 awaits"]  # the others depend on the clock, or take too long
+FEW, MANY = 100, 400  # requests: the difference excludes what a process costs by itself
+COUNTED = ["at once", "3 awaits", "reads its body"]  # the other cases depend on the clock, or take too long
 
 
-async def run(case: str, contestant: str, requests: int) -> None:
-    """Answer so many requests, under valgrind."""
-    app = build(CASES[case], contestants()[contestant])
+async def run(case: str, implementation: str, requests: int) -> None:
+    """Answer this many requests, under valgrind."""
+    app = build(CASES[case], implementations()[implementation])
+    stopped = asyncio.get_running_loop().time()
+    # valgrind is so slow that the event loop would lag, and what happens then depends on how much it lags.
+    asyncio.get_running_loop().time = lambda: stopped  # type: ignore[method-assign]
     await block(app, BACKENDS["asyncio"], WARM_UP, 1)
     gc.collect()
-    gc.disable()  # or where it falls would depend on the number of requests
+    gc.disable()  # otherwise the moment of a collection would depend on the number of requests
     await block(app, BACKENDS["asyncio"], requests, 1)
 
 
-def instructions(case: str, contestant: str, requests: int) -> int:
-    """Return how many a process takes for so many requests."""
-    script = [sys.executable, __file__, "--run", case, contestant, str(requests)]
+def instructions(case: str, implementation: str, requests: int) -> int:
+    """Return how many instructions a process takes for this many requests."""
+    script = [sys.executable, "-m", "benchmarks.instructions", "--run", case, implementation, str(requests)]
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         options = ["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", f"--log-file={log}"]
@@ -45,25 +47,25 @@ def instructions(case: str, contestant: str, requests: int) -> int:
 
 
 def measure(names: list[str]) -> dict[str, dict[str, float]]:
-    """Return the instructions of a request, in thousands, by contestant and case."""
+    """Return the instructions of a request, in thousands, by implementation and case."""
 
     def of_one(name: str) -> dict[str, float]:
         counts = {case: instructions(case, name, MANY) - instructions(case, name, FEW) for case in COUNTED}
         return {case: count / (MANY - FEW) / 1000 for case, count in counts.items()}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # what else runs doesn't change the count
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # other processes don't change the count
         return dict(zip(names, pool.map(of_one, names), strict=True))
 
 
 def main() -> None:
-    """Count for everybody; `valgrind` must be installed."""
+    """Count for every implementation; `valgrind` must be installed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", nargs=3, metavar=("CASE", "CONTESTANT", "REQUESTS"), help="what is to be counted")
-    parser.add_argument("--only", nargs="+", default=list(contestants()), help="some of: %(default)s")
+    parser.add_argument("--run", nargs=3, metavar=("CASE", "IMPLEMENTATION", "REQUESTS"), help="what is to be counted")
+    parser.add_argument("--only", nargs="+", default=list(implementations()), help="some of: %(default)s")
     options = parser.parse_args()
     if options.run:
-        case, contestant, requests = options.run
-        asyncio.run(run(case, contestant, int(requests)))
+        case, implementation, requests = options.run
+        asyncio.run(run(case, implementation, int(requests)))
         return
     thousands = measure(options.only)
     added = {

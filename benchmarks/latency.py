@@ -1,4 +1,4 @@
-"""How long after its client has left an endpoint learns of it, on each server, while others wait."""
+"""How soon an endpoint learns that its client has disconnected, on each server, while other requests wait."""
 
 from __future__ import annotations
 
@@ -16,49 +16,48 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-import charts
-import report
-from contestants import BARE, OURS, Guard, application, contestants, disconnected
-from serving import SERVERS, TIMEOUT, Server, serve
+from benchmarks import charts, report
+from benchmarks.shared.implementations import BARE, OURS, Guard, application, disconnected, implementations
+from benchmarks.shared.servers import SERVERS, TIMEOUT, Server, serve
 
 WAITING = [1, 100, 1000]
 FLOOR = "receive()"  # an endpoint that awaits nothing else
-PAUSE = 0.004  # seconds at least, between two that leave
-AGE = 0.1  # seconds, at least, that a request has waited when its client leaves: all that notice do by then
+PAUSE = 0.004  # seconds, at least, between two disconnects
+AGE = 0.1  # seconds, at least, that a request has waited when its client disconnects: by then every watch has begun
 
-Seconds = dict[str, list[float]]  # by contestant
+Seconds = dict[str, list[float]]  # by implementation
 
 keys = count()
-told: dict[str, float] = {}  # the time on the monotonic clock, which all processes share
+notified: dict[str, float] = {}  # by key: the time on the monotonic clock, which all processes share
 
 
 async def wait(request: Request) -> Response:
     key = request.query_params["key"]
-    told[key] = -1
+    notified[key] = -1
     try:
         await asyncio.sleep(3600)
     except asyncio.CancelledError:
-        told[key] = monotonic()
+        notified[key] = monotonic()
         raise
     return Response()
 
 
 async def receive(request: Request) -> Response:
     key = request.query_params["key"]
-    told[key] = -1
+    notified[key] = -1
     await disconnected(request)
-    told[key] = monotonic()
+    notified[key] = monotonic()
     return Response()
 
 
 async def show(request: Request) -> Response:
-    return JSONResponse(told)
+    return JSONResponse(notified)
 
 
-def app(contestant: str, framework: str) -> ASGIApp:
-    endpoint = receive if contestant == FLOOR else wait
-    guard = Guard() if contestant == FLOOR else contestants()[contestant]
-    return application(framework, guard, {"/": endpoint, "/told": show})
+def app(implementation: str, framework: str) -> ASGIApp:
+    endpoint = receive if implementation == FLOOR else wait
+    guard = Guard() if implementation == FLOOR else implementations()[implementation]
+    return application(framework, guard, {"/": endpoint, "/notified": show})
 
 
 async def ask(server: Server) -> tuple[str, socket.socket]:
@@ -66,51 +65,51 @@ async def ask(server: Server) -> tuple[str, socket.socket]:
     return key, await server.open(f"/?key={key}")
 
 
-async def leave(server: Server, waiting: int, leaves: int) -> list[float]:
-    """Have so many requests wait; time after time the oldest leaves, and a new one comes. Return what each took."""
+async def disconnect(server: Server, waiting: int, disconnects: int) -> list[float]:
+    """Keep this many requests waiting, and disconnect the oldest again and again. Return the seconds each took."""
     requests = deque([await ask(server) for _ in range(waiting)])
-    left: dict[str, float] = {}
-    await all_told(server, [key for key, _ in requests], begun=True)
+    disconnected_at: dict[str, float] = {}
+    await all_notified(server, [key for key, _ in requests], begun=True)
     await asyncio.sleep(AGE)
     pause = max(PAUSE, AGE / waiting)
-    for _ in range(leaves):
+    for _ in range(disconnects):
         key, connection = requests.popleft()
-        left[key] = monotonic()
+        disconnected_at[key] = monotonic()
         connection.close()
         await asyncio.sleep(pause * random.uniform(0.4, 0.6))
         requests.append(await ask(server))
         await asyncio.sleep(pause * random.uniform(0.4, 0.6))
     for _, connection in requests:
         connection.close()
-    times = await all_told(server, [*left, *(key for key, _ in requests)])
-    return [times[key] - time for key, time in left.items()]
+    times = await all_notified(server, [*disconnected_at, *(key for key, _ in requests)])
+    return [times[key] - time for key, time in disconnected_at.items()]
 
 
-async def all_told(server: Server, keys: list[str], *, begun: bool = False) -> dict[str, float]:
-    """Return the times at which these requests were told of the leave, or just when they have all begun."""
+async def all_notified(server: Server, keys: list[str], *, begun: bool = False) -> dict[str, float]:
+    """Return the times at which these requests were notified, or, if `begun`, return once they have all begun."""
     async with asyncio.timeout(TIMEOUT):
         while True:
-            times: dict[str, float] = await server.get("/told")
+            times: dict[str, float] = await server.get("/notified")
             if all(key in times if begun else times.get(key, -1) > 0 for key in keys):
                 return times
             await asyncio.sleep(0.05)
 
 
-async def measure(server: str, rounds: int, leaves: int) -> dict[int, Seconds]:
-    """Serve everybody who notices, and let the clients of one after the other leave in each round, in random order."""
-    names = [FLOOR, *(name for name in contestants() if name != BARE)]
+async def measure(server: str, rounds: int, disconnects: int) -> dict[int, Seconds]:
+    """Serve every implementation that notices a disconnect, and disconnect from each in each round, in random order."""
+    names = [FLOOR, *(name for name in implementations() if name != BARE)]
     seconds: dict[int, Seconds] = {waiting: {name: [] for name in names} for waiting in WAITING}
     async with AsyncExitStack() as stack:
         running = {name: await stack.enter_async_context(serve(server, "latency", name)) for name in names}
         for _ in range(rounds):
             for waiting in WAITING:
                 for name in random.sample(names, len(names)):
-                    seconds[waiting][name] += await leave(running[name], waiting, leaves)
+                    seconds[waiting][name] += await disconnect(running[name], waiting, disconnects)
     return seconds
 
 
 def percentiles(seconds: list[float]) -> tuple[float, float]:
-    """Return the 50th and the 99th, in milliseconds."""
+    """Return the 50th and the 99th percentile, in milliseconds."""
     hundredths = quantiles(seconds, n=100, method="inclusive")
     return hundredths[49] * 1000, hundredths[98] * 1000
 
@@ -130,10 +129,12 @@ def main() -> None:
     """Measure everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
-    parser.add_argument("--leaves", type=int, default=100, help="of each contestant in each (default: %(default)s)")
+    parser.add_argument(
+        "--disconnects", type=int, default=100, help="of each implementation in each round (default: %(default)s)"
+    )
     parser.add_argument("--servers", nargs="+", default=list(SERVERS), help="some of: %(default)s")
     options = parser.parse_args()
-    results = {server: asyncio.run(measure(server, options.rounds, options.leaves)) for server in options.servers}
+    results = {server: asyncio.run(measure(server, options.rounds, options.disconnects)) for server in options.servers}
     numbers = {
         name: {server: percentiles(result[100][name])[0] for server, result in results.items()}
         for name in next(iter(results.values()))[100]

@@ -14,14 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-import charts
-import report
-from contestants import BARE, application, contestants
-from serving import TIMEOUT, serve
+from benchmarks import charts, report
+from benchmarks.shared.implementations import BARE, application, implementations
+from benchmarks.shared.servers import TIMEOUT, serve
 
-AGE = 1  # seconds that the youngest has waited when memory is measured
+AGE = 1  # seconds that the newest request has waited when memory is measured
 
-Sizes = dict[str, list[float]]  # by contestant: bytes a request, of each round
+Sizes = dict[str, list[float]]  # by implementation: bytes a request, of each round
 
 waiting = 0
 
@@ -39,18 +38,18 @@ async def show(request: Request) -> Response:
 
 
 def private_memory() -> int:
-    """Return how many bytes this process has for itself alone."""
+    """Return how many bytes of memory only this process uses."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return 1024 * sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE)))
 
 
-def app(contestant: str, framework: str) -> ASGIApp:
-    return application(framework, contestants()[contestant], {"/": wait, "/memory": show})
+def app(implementation: str, framework: str) -> ASGIApp:
+    return application(framework, implementations()[implementation], {"/": wait, "/memory": show})
 
 
-async def size(contestant: str, requests: int) -> float:
-    """Return the bytes that a request takes, its connection and all."""
-    async with serve("uvicorn", "memory", contestant) as server:
+async def size(implementation: str, requests: int) -> float:
+    """Return the bytes that a request takes, including its connection."""
+    async with serve("uvicorn", "memory", implementation) as server:
         before = await server.get("/memory")
         connections = [await server.open("/") for _ in range(requests)]
         async with asyncio.timeout(TIMEOUT):
@@ -65,9 +64,9 @@ async def size(contestant: str, requests: int) -> float:
 
 
 async def measure(rounds: int, requests: int) -> Sizes:
-    """Serve each contestant in each round, in random order."""
-    # So many that ask every 10 ms would leave the server no time for anything else, such as new connections.
-    names = [name for name in contestants() if name != "polling"]
+    """Serve each implementation in each round, in random order."""
+    # With this many requests, polling every 10 ms would give the server no time to accept new connections.
+    names = [name for name in implementations() if name != "polling"]
     sizes: Sizes = {name: [] for name in names}
     for _ in range(rounds):
         for name in random.sample(names, len(names)):
@@ -76,7 +75,7 @@ async def measure(rounds: int, requests: int) -> Sizes:
 
 
 def main() -> None:
-    """Measure everybody on uvicorn."""
+    """Measure every implementation on uvicorn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--requests", type=int, default=5000, help="that wait at once (default: %(default)s)")
@@ -85,7 +84,7 @@ def main() -> None:
     kib = {name: median(each) / 1024 for name, each in sizes.items()}
     added = {name: each - kib[BARE] for name, each in kib.items()}
     rows = {name: [f"{kib[name]:.1f}", f"{added[name]:+.1f}" if name != BARE else ""] for name in kib}
-    title = "KiB that a waiting request takes beside the undecorated one's"
+    title = "KiB that a waiting request takes in addition to an undecorated one"
     charts.bars("memory", title, {name: {"": each} for name, each in added.items() if name != BARE})
     tables = [report.table("uvicorn: KiB a request", ["in all", "added"], rows)]
     report.save("memory", tables, sizes, {"memory": title})

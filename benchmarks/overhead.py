@@ -1,4 +1,4 @@
-"""How many microseconds one request costs more under `cancel_on_disconnect`, and under the other ways to its end."""
+"""How many microseconds `cancel_on_disconnect`, and each other implementation, adds to one request."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-import charts
-import report
-from calling import get
-from contestants import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, Endpoint, Guard, application, contestants
+from benchmarks import charts, report
+from benchmarks.shared.implementations import (
+    ARTICLE,
+    BARE,
+    FASTAPI_DISCONNECT,
+    OURS,
+    Endpoint,
+    Guard,
+    application,
+    implementations,
+)
+from benchmarks.shared.in_memory import get
 
-Blocks = dict[str, list[float]]  # by contestant: the mean microseconds a request, of each block
+Blocks = dict[str, list[float]]  # by implementation: the mean microseconds a request, of each block
 Call = Callable[[], Awaitable[None]]
 
 
@@ -33,7 +41,7 @@ class Backend(NamedTuple):
 
     name: str
     options: dict[str, Any]  # Any: anyio's own type for them
-    in_task: Callable[[Call], Awaitable[None]]  # as servers do for each request
+    in_task: Callable[[Call], Awaitable[None]]  # runs a call in a task, as servers do for each request
     forever: Callable[[], Awaitable[None]]
 
 
@@ -66,6 +74,11 @@ async def at_once(request: Request) -> Response:
     return JSONResponse({"done": True})
 
 
+async def reads(request: Request) -> Response:
+    """Read the body first; it has already arrived."""
+    return JSONResponse({"bytes": len(await request.body())})
+
+
 async def three_awaits(request: Request) -> Response:
     """Suspend for a turn of the event loop, three times."""
     for _ in range(3):
@@ -74,18 +87,19 @@ async def three_awaits(request: Request) -> Response:
 
 
 async def one_millisecond(request: Request) -> Response:
-    """Wait as for a fast database, while the others run."""
+    """Wait as if for a fast database, while the other requests run."""
     await anyio.sleep(0.001)
     return JSONResponse({"done": True})
 
 
 class Case(NamedTuple):
-    """One column: an endpoint, what is around it, and how many clients call it, each again when it has its answer."""
+    """One column: an endpoint, what is around it, and how many clients call it, each again after its response."""
 
     endpoint: Endpoint
     framework: str = "Starlette"
     concurrent: int = 1
     middleware: bool = False
+    reads: bool = False  # only some implementations support it: the watchers of the others take the body
 
 
 CASES = {
@@ -94,7 +108,9 @@ CASES = {
     "1 ms, 100 at a time": Case(one_millisecond, concurrent=100),
     "under BaseHTTPMiddleware": Case(at_once, middleware=True),
     "FastAPI": Case(at_once, "FastAPI"),
+    "reads its body": Case(reads, reads=True),
 }
+READERS = [BARE, OURS]
 
 
 async def pass_on(request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -107,7 +123,7 @@ def build(case: Case, guard: Guard) -> ASGIApp:
 
 
 async def block(app: ASGIApp, backend: Backend, requests: int, concurrent: int) -> float:
-    """Return the microseconds of processor time that a request takes on average; what it waits doesn't count."""
+    """Return the microseconds of processor time that a request takes on average; waiting doesn't count."""
     each = max(requests // concurrent, 1)
 
     async def client() -> None:
@@ -122,62 +138,68 @@ async def block(app: ASGIApp, backend: Backend, requests: int, concurrent: int) 
 
 
 async def measure(case: Case, guards: dict[str, Guard], backend: Backend, rounds: int, requests: int) -> Blocks:
-    """Run a block for each contestant in each round, in random order, so that nobody has the same neighbour always."""
+    """Run a block for each implementation in each round, in random order, so that its predecessor varies."""
     apps = {name: build(case, guard) for name, guard in guards.items()}
     blocks: Blocks = {name: [] for name in apps}
     names = list(apps)
     async with anyio.create_task_group() as ticking:
-        ticking.start_soon(anyio.sleep, 3600)  # servers always have a timer, such as uvicorn's, that each turn looks at
+        ticking.start_soon(anyio.sleep, 3600)  # servers always have a timer, such as uvicorn's
         for app in apps.values():
             await block(app, backend, requests, case.concurrent)  # warm up
         for _ in range(rounds):
             random.shuffle(names)
             for name in names:
-                gc.collect()  # the garbage of the one before is not for this one to clear away
+                gc.collect()  # so that no block collects the garbage of the one before
                 blocks[name].append(await block(apps[name], backend, requests, case.concurrent))
         ticking.cancel_scope.cancel()
     return blocks
 
 
 def added(blocks: Blocks, name: str) -> float:
-    """Return the median of what a block took longer than the undecorated one of the same round."""
+    """Return the median of how much longer a block took than the undecorated one of the same round."""
     return median(mine - bare for mine, bare in zip(blocks[name], blocks[BARE], strict=True))
 
 
 def table(backend: str, results: dict[str, Blocks]) -> str:
-    """Return what each contestant adds in each case."""
+    """Return what each implementation adds in each case."""
     columns = list(results.values())
     rows = {BARE: [f"{median(blocks[BARE]):.1f}" for blocks in columns]}
     for name in columns[0]:
         if name != BARE:
-            rows[f"added by {name}"] = [f"{added(blocks, name):+.1f}" for blocks in columns]
+            rows[f"added by {name}"] = [f"{added(blocks, name):+.1f}" if name in blocks else "" for blocks in columns]
     for name in (ARTICLE, FASTAPI_DISCONNECT):
         if name in columns[0]:
-            rows[f"{OURS} / {name}"] = [f"{added(blocks, OURS) / added(blocks, name):.2f}" for blocks in columns]
+            rows[f"{OURS} / {name}"] = [
+                f"{added(blocks, OURS) / added(blocks, name):.2f}" if name in blocks else "" for blocks in columns
+            ]
     return report.table(f"{backend}: microseconds a request", list(results), rows)
 
 
 def main() -> None:
     """Measure everything on all backends."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21, help="blocks of each contestant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=21, help="blocks of each implementation (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=1000, help="requests in a block (default: %(default)s)")
     options = parser.parse_args()
     results: dict[str, dict[str, Blocks]] = {}
     for title, backend in BACKENDS.items():
-        guards = {name: guard for name, guard in contestants().items() if title != "trio" or name in ON_TRIO}
+        guards = {name: guard for name, guard in implementations().items() if title != "trio" or name in ON_TRIO}
         results[title] = {}
         for column, case in CASES.items():
-            arguments = (case, guards, backend, options.rounds, options.requests)
+            chosen = {name: guard for name, guard in guards.items() if name in READERS or not case.reads}
+            arguments = (case, chosen, backend, options.rounds, options.requests)
             results[title][column] = anyio.run(
                 measure, *arguments, backend=backend.name, backend_options=backend.options
             )
     on_uvloop = results["uvloop"]
     names = [name for name in next(iter(on_uvloop.values())) if name != BARE]
-    numbers = {name: {column: added(blocks, name) for column, blocks in on_uvloop.items()} for name in names}
+    numbers = {
+        name: {column: added(blocks, name) for column, blocks in on_uvloop.items() if not CASES[column].reads}
+        for name in names
+    }
     charts.bars("overhead", "Added to a request on uvloop, in microseconds of processor time", numbers)
     tables = [table(title, columns) for title, columns in results.items()]
-    report.save("overhead", tables, results, {"overhead": "What each contestant adds to a request on uvloop"})
+    report.save("overhead", tables, results, {"overhead": "What each implementation adds to a request on uvloop"})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Writes what a benchmark has measured: table, raw numbers, and all tables into the README.
+"""Writes the results of a benchmark: its tables and raw numbers to results/, and all tables into the README.
 
-    python benchmarks/report.py
+    python -m benchmarks.report
 
-puts the tables that were written last between the markers of this directory's README and of the project's.
+puts the newest tables between the markers of this directory's README.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Rows = dict[str, list[str]]
 
 
 def table(corner: str, columns: list[str], rows: Rows) -> str:
-    """Return a Markdown table; a cell of a row that is missing at its end stays empty."""
+    """Return a Markdown table; cells that are missing at the end of a row stay empty."""
     widths = [max(len(cell) for cell in (title, *cells)) for title, *cells in zip(columns, *rows.values(), strict=True)]
     first = max(len(title) for title in (corner, *rows))
     lines = [f"| {corner:{first}} |" + "".join(f" {c:>{w}} |" for c, w in zip(columns, widths, strict=True))]
@@ -36,13 +36,13 @@ def table(corner: str, columns: list[str], rows: Rows) -> str:
 
 
 def save(name: str, tables: list[str], raw: Any, pictures: dict[str, str] | None = None) -> None:  # Any: JSON
-    """Print the tables, and write them with the pictures that belong to them, and the raw numbers.
+    """Print the tables, and write them with their pictures and the raw numbers.
 
     Args:
-        name: Of the benchmark.
-        tables: In Markdown.
-        raw: The numbers.
-        pictures: What each picture shows, by the name of its file without the ending.
+        name: The name of the benchmark.
+        tables: The tables, in Markdown.
+        raw: The numbers, as JSON.
+        pictures: What each picture shows, by the name of its file without the suffix.
     """
     shown = [f"![{text}](results/{picture}.svg)\n" for picture, text in (pictures or {}).items()]
     text = "\n".join([*tables, *shown])
@@ -60,7 +60,7 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that take part, where they are installed."""
+    """Return the versions of the compared packages that are installed."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -69,13 +69,11 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    """Put machine, versions and the tables that were written last between the markers of both READMEs."""
+    """Put the machine, the versions and the newest tables between the markers of the README."""
     packages = ", ".join(f"{package} {number}" for package, number in versions().items())
     parts = {"machine": f"Machine: {machine()}.\n{fill(f'Versions: {packages}.', 120)}\n"}
     parts.update((file.stem, file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.md")))
     fill_in(HERE / "README.md", parts)
-    there = {name: part.replace("](results/", "](benchmarks/results/") for name, part in parts.items()}
-    fill_in(HERE.parent / "README.md", there)
 
 
 def fill_in(path: Path, parts: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""How many answers anybody still waits for a server gives, when impatient clients leave and ask again."""
+"""How many useful responses a server gives when other clients give up and retry."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-import charts
-import report
-from contestants import contestants
-from database import Pool, database, open_pool
-from serving import Server, serve
+from benchmarks import charts, report
+from benchmarks.shared.database import Pool, database, open_pool
+from benchmarks.shared.implementations import implementations
+from benchmarks.shared.servers import Server, serve
 
-QUERY = 2  # seconds that the database works for an answer: at most 5 of them a second
-PATIENT = 8  # clients that wait up to `GIVE_UP` for each answer, and ask again
-IMPATIENT = [0, 10, 20, 40, 80]  # clients that leave after `PATIENCE`, and ask again
-GIVE_UP = 15.0  # seconds
-PATIENCE = 0.2  # seconds
-AGAIN = (0.2, 0.6)  # seconds between an impatient client's leave and its next request: at random between these
+QUERY = 2  # seconds that the database works for a response: the server gives at most 5 a second
+WAITING = 8  # clients that wait up to `TIMEOUT` for each response, and send the next request
+RETRYING = [0, 10, 20, 40, 80]  # clients that disconnect after `GIVE_UP_AFTER`, and retry
+TIMEOUT = 15.0  # seconds
+GIVE_UP_AFTER = 0.2  # seconds
+RETRY_AFTER = (0.2, 0.6)  # seconds between a client's disconnect and its next request: at random between these
 
 
 class Outcome(NamedTuple):
-    """What became of the patient clients."""
+    """What the waiting clients got."""
 
-    useful: float  # answers a second
-    waits: list[float]  # seconds, of each
+    useful: float  # responses a second
+    waits: list[float]  # seconds, of each request
 
 
-def app(contestant: str, framework: str) -> ASGIApp:
-    guard = contestants()[contestant]
+def app(implementation: str, framework: str) -> ASGIApp:
+    guard = implementations()[implementation]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[dict[str, Any]]:  # Any: as Starlette has it
@@ -56,39 +55,39 @@ def app(contestant: str, framework: str) -> ASGIApp:
     return guard.wrap(api)
 
 
-async def patient(client: httpx.AsyncClient, until: float, waits: list[float], answered: list[float]) -> None:
-    """Ask until the end, and wait."""
+async def wait(client: httpx.AsyncClient, until: float, waits: list[float], answered: list[float]) -> None:
+    """Send one request after another until the end, and wait for each response."""
     while (asked := monotonic()) < until:
         try:
-            answer = await client.get("/slow", timeout=GIVE_UP)
+            answer = await client.get("/slow", timeout=TIMEOUT)
         except httpx.TimeoutException:
-            waits.append(GIVE_UP)
+            waits.append(TIMEOUT)
         else:
             answer.raise_for_status()
             waits.append(monotonic() - asked)
             answered.append(monotonic())
 
 
-async def impatient(server: Server) -> None:
-    """Ask, leave, and ask again, for ever."""
+async def give_up_and_retry(server: Server) -> None:
+    """Send a request, disconnect, and retry, forever."""
     while True:
-        await asyncio.sleep(random.uniform(*AGAIN))
+        await asyncio.sleep(random.uniform(*RETRY_AFTER))
         connection = await server.open("/slow")
-        await asyncio.sleep(PATIENCE)
+        await asyncio.sleep(GIVE_UP_AFTER)
         connection.close()
 
 
-async def storm(contestant: str, number: int, seconds: float) -> Outcome:
-    """Let so many impatient clients ask beside the patient ones, on a server that has just started."""
+async def storm(implementation: str, number: int, seconds: float) -> Outcome:
+    """Run this many retrying clients beside the waiting ones, on a server that has just started."""
     async with (
-        serve("uvicorn", "savings", contestant, "FastAPI") as server,
+        serve("uvicorn", "savings", implementation, "FastAPI") as server,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client,
     ):
-        others = [asyncio.create_task(impatient(server)) for _ in range(number)]
+        others = [asyncio.create_task(give_up_and_retry(server)) for _ in range(number)]
         waits: list[float] = []
         answered: list[float] = []
         until = monotonic() + seconds
-        await asyncio.gather(*(patient(client, until, waits, answered) for _ in range(PATIENT)))
+        await asyncio.gather(*(wait(client, until, waits, answered) for _ in range(WAITING)))
         for other in others:
             other.cancel()
         await asyncio.gather(*others, return_exceptions=True)
@@ -96,11 +95,11 @@ async def storm(contestant: str, number: int, seconds: float) -> Outcome:
 
 
 async def measure(rounds: int, seconds: float) -> dict[str, dict[int, list[Outcome]]]:
-    """Have the storm on all servers at the same time: what they do there is wait."""
-    names = list(contestants())
-    outcomes: dict[str, dict[int, list[Outcome]]] = {name: {number: [] for number in IMPATIENT} for name in names}
+    """Run the storm on all servers at the same time, since they mostly wait."""
+    names = list(implementations())
+    outcomes: dict[str, dict[int, list[Outcome]]] = {name: {number: [] for number in RETRYING} for name in names}
     for _ in range(rounds):
-        for number in IMPATIENT:
+        for number in RETRYING:
             found = await asyncio.gather(*(storm(name, number, seconds) for name in names))
             for name, outcome in zip(names, found, strict=True):
                 outcomes[name][number].append(outcome)
@@ -108,7 +107,7 @@ async def measure(rounds: int, seconds: float) -> dict[str, dict[int, list[Outco
 
 
 def main() -> None:
-    """Measure everybody on uvicorn."""
+    """Measure every implementation on uvicorn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30, help="of each storm (default: %(default)s)")
@@ -121,14 +120,14 @@ def main() -> None:
         useful[name] = {str(number): median(each.useful for each in found) for number, found in by_number.items()}
         waits = {number: [wait for each in found for wait in each.waits] for number, found in by_number.items()}
         worst[name] = {str(n): quantiles(each, n=100, method="inclusive")[98] for n, each in waits.items()}
-    columns = [f"{number} impatient" for number in IMPATIENT]
+    columns = [f"{number} retrying" for number in RETRYING]
     tables = [
         report.table(title, columns, {name: [f"{each:.1f}" for each in row.values()] for name, row in numbers.items()})
-        for title, numbers in {"useful answers a second": useful, "p99 of patient clients, seconds": worst}.items()
+        for title, numbers in {"useful answers a second": useful, "seconds that the others wait, p99": worst}.items()
     ]
-    charts.lines("savings", "Useful answers a second", "impatient clients", useful)
-    charts.lines("savings-p99", "Seconds that patient clients wait, p99", "impatient clients", worst)
-    pictures = {"savings": "Useful answers a second", "savings-p99": "What patient clients wait"}
+    charts.lines("savings", "Useful answers a second", "clients that give up and retry", useful)
+    charts.lines("savings-p99", "Seconds that the other clients wait, p99", "clients that give up and retry", worst)
+    pictures = {"savings": "Useful answers a second", "savings-p99": "Seconds that the other clients wait, p99"}
     report.save("savings", tables, outcomes, pictures)
 
 

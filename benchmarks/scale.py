@@ -1,4 +1,4 @@
-"""What a request costs as more and more are in flight, and how long the event loop is blocked when 5,000 leave."""
+"""What a request costs when many are in flight, and how long the event loop is blocked when 5,000 disconnect."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-import charts
-import report
-from calling import get
-from contestants import BARE, Guard, application, contestants
+from benchmarks import charts, report
+from benchmarks.shared.implementations import BARE, Guard, application, implementations
+from benchmarks.shared.in_memory import get
 
-IN_FLIGHT = [1, 10, 100, 1000]  # and as many as there are at most
-DURATION = 1.0  # seconds in which all come, and in which all leave
+IN_FLIGHT = [1, 10, 100, 1000]  # and `--requests`
+DURATION = 1.0  # seconds in which all connect, and in which all disconnect
 TICK = 0.001  # seconds
 
-Costs = dict[str, dict[int, list[float]]]  # by contestant and requests in flight: microseconds of processor time each
-Blocks = dict[str, dict[str, list[float]]]  # by contestant and phase: the longest block of the event loop, milliseconds
+Costs = dict[str, dict[int, list[float]]]  # by implementation and requests in flight: microseconds of processor time
+Blocks = dict[str, dict[str, list[float]]]  # by implementation and phase: milliseconds of the longest block
 
 
 async def wait(request: Request) -> Response:
@@ -40,19 +39,19 @@ class Crowd:
     def __init__(self, guard: Guard) -> None:
         self._app: ASGIApp = application("Starlette", guard, {"/": wait})
         self._tasks: list[asyncio.Task[None]] = []
-        self._leaves: deque[asyncio.Future[None]] = deque()
+        self._disconnects: deque[asyncio.Future[None]] = deque()
         self.end = asyncio.Event()
 
-    def come(self) -> None:
-        """Have one more request begin."""
-        left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._leaves.append(left)
-        request = get(self._app, lambda: asyncio.shield(left), {"end": self.end})
+    def connect(self) -> None:
+        """Begin one more request."""
+        disconnect: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._disconnects.append(disconnect)
+        request = get(self._app, lambda: asyncio.shield(disconnect), {"end": self.end})
         self._tasks.append(asyncio.create_task(request))
 
-    def leave(self) -> None:
-        """Have the client that came first leave."""
-        self._leaves.popleft().set_result(None)
+    def disconnect(self) -> None:
+        """Disconnect the client of the oldest request."""
+        self._disconnects.popleft().set_result(None)
 
     async def join(self) -> None:
         self.end.set()
@@ -60,7 +59,7 @@ class Crowd:
 
 
 async def cost(guard: Guard, in_flight: int) -> float:
-    """Return the microseconds of processor time that a request takes while so many wait."""
+    """Return the microseconds of processor time that a request takes while this many wait."""
     crowds = min(1 + 1000 // in_flight, 20)
     spent = 0.0
     for _ in range(crowds):
@@ -68,15 +67,15 @@ async def cost(guard: Guard, in_flight: int) -> float:
         gc.collect()
         began = process_time()
         for _ in range(in_flight):
-            crowd.come()
-        await asyncio.sleep(0.06)  # all that watch do so by now
+            crowd.connect()
+        await asyncio.sleep(0.06)  # by now every watch has begun
         await crowd.join()
         spent += process_time() - began
     return spent / (crowds * in_flight) * 1e6
 
 
 class Ticker:
-    """Notes the longest that the event loop is kept from turning, in processor time: other processes don't count."""
+    """Records the longest block of the event loop, in processor time, so that other processes don't count."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -90,13 +89,13 @@ class Ticker:
         self._handle = self._loop.call_later(TICK, self._tick)
 
     def stop(self) -> float:
-        """Return it, in milliseconds."""
+        """Return the longest block, in milliseconds."""
         self._handle.cancel()
         return self._longest * 1000
 
 
 async def spread(step: Callable[[], None], times: int) -> None:
-    """Do it so many times, evenly over `DURATION`."""
+    """Repeat a step this many times, evenly over `DURATION`."""
     began, done = perf_counter(), 0
     while done < times:
         await asyncio.sleep(TICK)
@@ -107,12 +106,16 @@ async def spread(step: Callable[[], None], times: int) -> None:
 
 
 async def longest_blocks(guard: Guard, requests: int) -> dict[str, float]:
-    """Have so many requests come within a second, wait for one, and leave within one."""
+    """Connect this many requests within a second, wait for a second, and disconnect them within a second."""
     crowd = Crowd(guard)
     gc.collect()
-    gc.disable()  # its pauses, for so much that lives, are longer than any of these
+    gc.disable()  # with this many live objects, its pauses are longer than any block measured here
     longest: dict[str, float] = {}
-    for phase, step in {"all come": crowd.come, "all wait": lambda: None, "all leave": crowd.leave}.items():
+    for phase, step in {
+        "all connect": crowd.connect,
+        "all wait": lambda: None,
+        "all disconnect": crowd.disconnect,
+    }.items():
         ticker = Ticker()
         await spread(step, requests)
         longest[phase] = ticker.stop()
@@ -122,8 +125,8 @@ async def longest_blocks(guard: Guard, requests: int) -> dict[str, float]:
 
 
 def measure(rounds: int, most: int) -> tuple[Costs, Blocks]:
-    """Measure everybody in each round, in random order."""
-    guards = contestants()
+    """Measure every implementation in each round, in random order."""
+    guards = implementations()
     numbers = [number for number in IN_FLIGHT if number < most] + [most]
     costs: Costs = {name: {number: [] for number in numbers} for name in guards}
     blocks: Blocks = {name: {} for name in guards}
@@ -139,7 +142,7 @@ def measure(rounds: int, most: int) -> tuple[Costs, Blocks]:
 
 
 def main() -> None:
-    """Measure everybody on uvloop, in memory."""
+    """Measure every implementation on uvloop, in memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--requests", type=int, default=5000, help="in flight at most (default: %(default)s)")
@@ -154,7 +157,7 @@ def main() -> None:
     block_rows = {name: [f"{each:.1f}" for each in found.values()] for name, found in milliseconds.items()}
     tables = [
         report.table("microseconds a request", columns, cost_rows),
-        report.table(f"longest block in ms, of {options.requests}", list(milliseconds[BARE]), block_rows),
+        report.table(f"longest block in ms, {options.requests} requests", list(milliseconds[BARE]), block_rows),
     ]
     report.save("scale", tables, {"costs": costs, "blocks": blocks}, {"scale": title})
 

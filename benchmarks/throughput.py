@@ -1,4 +1,4 @@
-"""How many requests a second a server answers, with endpoints decorated and not."""
+"""How many requests a second a server answers, and what each costs, with decorated and undecorated endpoints."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ import random
 import re
 from contextlib import AsyncExitStack
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-import charts
-import report
-from contestants import BARE, FRAMEWORKS, OURS, Endpoint, application, contestants
-from serving import Server, serve
+from benchmarks import charts, report
+from benchmarks.shared.implementations import BARE, FRAMEWORKS, OURS, Endpoint, application, implementations
+from benchmarks.shared.servers import Server, serve
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
 CONNECTIONS = [1, 64]
 ANSWER = {"name": "report", "rows": [1, 2, 3], "done": True}
 
-Rates = dict[str, dict[str, list[float]]]  # by column and contestant: requests a second, of each round
+
+class Load(NamedTuple):
+    """What a server did under load."""
+
+    rate: float  # requests a second
+    cost: float  # microseconds of processor time a request
+
+
+Loads = dict[str, dict[str, list[Load]]]  # by column and implementation, of each round
 
 
 async def report_json(request: Request) -> JSONResponse:
@@ -34,73 +41,86 @@ async def report_dict(request: Request) -> dict[str, Any]:  # Any: JSON
     return ANSWER
 
 
-def app(contestant: str, framework: str) -> ASGIApp:
+def app(implementation: str, framework: str) -> ASGIApp:
     endpoint: Endpoint = report_json if framework == "Starlette" else report_dict
-    return application(framework, contestants()[contestant], {"/": endpoint})
+    return application(framework, implementations()[implementation], {"/": endpoint})
 
 
-async def load(server: Server, connections: int, seconds: int) -> float:
-    """Return the requests a second that wrk gets answered, by its own count."""
+async def load(server: Server, connections: int, seconds: int) -> Load:
+    """Load the server with wrk, and return its rate by wrk's count and its cost by the operating system's."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"http://127.0.0.1:{server.port}/"]
+    before = server.processor_time()
     wrk = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     output = (await wrk.communicate())[0].decode()
     if wrk.returncode or "Non-2xx" in output or "Socket errors" in output:
         raise RuntimeError(f"wrk says:\n{output}")
-    found = re.search(r"Requests/sec: +([\d.]+)", output)
-    assert found is not None
-    return float(found[1])
+    rate = re.search(r"Requests/sec: +([\d.]+)", output)
+    requests = re.search(r"(\d+) requests in", output)
+    assert rate is not None
+    assert requests is not None
+    return Load(float(rate[1]), (server.processor_time() - before) / int(requests[1]) * 1e6)
 
 
-async def measure(server: str, framework: str, rounds: int, seconds: int) -> Rates:
-    """Serve everybody, and load one after the other in each round, in random order."""
-    names = list(contestants())
-    rates: Rates = {f"{framework}, {number} at a time": {name: [] for name in names} for number in CONNECTIONS}
-    async with AsyncExitStack() as stack:
-        running = {
-            name: await stack.enter_async_context(serve(server, "throughput", name, framework)) for name in names
-        }
-        for name in names:
-            await load(running[name], max(CONNECTIONS), 1)  # warm up
-        for _ in range(rounds):
-            for number, column in zip(CONNECTIONS, rates.values(), strict=True):
+async def measure(server: str, framework: str, rounds: int, seconds: int) -> Loads:
+    """In each round serve every implementation anew, and load one after another, in random order.
+
+    Anew, since one process can be faster than the next of the same program.
+    """
+    names = list(implementations())
+    loads: Loads = {f"{framework}, {number} at a time": {name: [] for name in names} for number in CONNECTIONS}
+    for _ in range(rounds):
+        async with AsyncExitStack() as stack:
+            running = {
+                name: await stack.enter_async_context(serve(server, "throughput", name, framework)) for name in names
+            }
+            for name in names:
+                await load(running[name], max(CONNECTIONS), 1)  # warm up
+            for number, column in zip(CONNECTIONS, loads.values(), strict=True):
                 for name in random.sample(names, len(names)):
                     column[name].append(await load(running[name], number, seconds))
-    return rates
+    return loads
 
 
-def share(rates: dict[str, list[float]], name: str) -> float:
-    """Return the median of what a contestant answers for each request of the undecorated one in the same round."""
-    return median(mine / bare for mine, bare in zip(rates[name], rates[BARE], strict=True))
+def share(loads: dict[str, list[Load]], name: str) -> float:
+    """Return the median of an implementation's rate relative to the undecorated one of the same round."""
+    return median(mine.rate / bare.rate for mine, bare in zip(loads[name], loads[BARE], strict=True))
 
 
-def table(server: str, rates: Rates) -> str:
-    columns = list(rates.values())
-    rows = {f"{BARE}: requests a second": [f"{median(column[BARE]):.0f}" for column in columns]}
-    for name in columns[0]:
-        if name != BARE:
-            rows[f"{name}: share of that"] = [f"{share(column, name):.3f}" for column in columns]
-    return report.table(server, list(rates), rows)
+def added(loads: dict[str, list[Load]], name: str) -> float:
+    """Return the median of what a request costs more than undecorated in the same round."""
+    return median(mine.cost - bare.cost for mine, bare in zip(loads[name], loads[BARE], strict=True))
+
+
+def tables(server: str, loads: Loads) -> list[str]:
+    columns = list(loads.values())
+    others = [name for name in columns[0] if name != BARE]
+    rates = {f"{BARE}: requests a second": [f"{median(each.rate for each in column[BARE]):.0f}" for column in columns]}
+    rates |= {f"{name}: share of that": [f"{share(column, name):.3f}" for column in columns] for name in others}
+    costs = {BARE: [f"{median(each.cost for each in column[BARE]):.1f}" for column in columns]}
+    costs |= {f"added by {name}": [f"{added(column, name):+.1f}" for column in columns] for name in others}
+    title = f"{server}: microseconds of processor time a request"
+    return [report.table(server, list(loads), rates), report.table(title, list(loads), costs)]
 
 
 def main() -> None:
     """Measure everything; `wrk` must be installed, as by `apt install wrk`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="of each contestant (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="of each implementation (default: %(default)s)")
     parser.add_argument("--seconds", type=int, default=5, help="of load (default: %(default)s)")
     parser.add_argument("--servers", nargs="+", default=SERVERS, help="some of: %(default)s")
     options = parser.parse_args()
-    results: dict[str, Rates] = {}
+    results: dict[str, Loads] = {}
     for server in options.servers:
         results[server] = {}
         for framework in FRAMEWORKS:
             results[server] |= asyncio.run(measure(server, framework, options.rounds, options.seconds))
-    tables = [table(server, rates) for server, rates in results.items()]
+    written = [each for server, loads in results.items() for each in tables(server, loads)]
     first = next(iter(results.values()))
     names = [OURS, *(name for name in next(iter(first.values())) if name not in (BARE, OURS))]
-    numbers = {name: {column: 100 * share(rates, name) for column, rates in first.items()} for name in names}
+    numbers = {name: {column: 100 * share(loads, name) for column, loads in first.items()} for name in names}
     title = f"Requests a second on {next(iter(results))}, in percent of the undecorated"
     charts.bars("throughput", title, numbers)
-    report.save("throughput", tables, results, {"throughput": title})
+    report.save("throughput", written, results, {"throughput": title})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Everyone who is compared: no guard, ours, and the other ways that are published to stop an endpoint."""
+"""The compared implementations: no guard, ours, and other published ways to stop an endpoint."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FRAMEWORKS = ["Starlette", "FastAPI"]
 
 
 class Guard(NamedTuple):
-    """What a contestant puts around each endpoint, and around the whole application."""
+    """What an implementation puts around each endpoint, and around the whole application."""
 
     decorate: Callable[[Endpoint], Endpoint] = lambda endpoint: endpoint
     wrap: Callable[[ASGIApp], ASGIApp] = lambda app: app
 
 
-# Each is as short as the job allows, so none is slower here than it need be.
+# Each is as short as possible, so that none is slower here than necessary.
 
 
 def article(endpoint: Endpoint) -> Endpoint:
@@ -62,7 +62,7 @@ def article(endpoint: Endpoint) -> Endpoint:
 
 
 def handler_task(endpoint: Endpoint) -> Endpoint:
-    """Run endpoint and watcher in tasks, and cancel the one that isn't first, as vLLM's `with_cancellation` does."""
+    """Run endpoint and watcher in tasks, and cancel the one that ends last, as vLLM's `with_cancellation` does."""
 
     @wraps(endpoint)
     async def guarded(request: Request, **others: Any) -> Any:  # Any: the endpoint's own
@@ -79,7 +79,7 @@ def handler_task(endpoint: Endpoint) -> Endpoint:
 
 
 def polling(endpoint: Endpoint) -> Endpoint:
-    """Run the endpoint in a task, and ask every 10 ms whether the client is gone."""
+    """Run the endpoint in a task, and ask every 10 ms whether the client has disconnected."""
 
     @wraps(endpoint)
     async def guarded(request: Request, **others: Any) -> Any:  # Any: the endpoint's own
@@ -88,14 +88,14 @@ def polling(endpoint: Endpoint) -> Endpoint:
             if await request.is_disconnected():
                 task.cancel()
                 await asyncio.wait((task,))
-                raise HTTPException(499)  # those that are published raise, too
+                raise HTTPException(499)  # the published ones raise too
         return task.result()
 
     return guarded
 
 
 def aiofence() -> Guard:
-    """Put the whole endpoint into a fence, which its middleware opens; the end is left to the application."""
+    """Run the whole endpoint in a fence, which aiofence's middleware opens; the application handles its end."""
     get_current_fencing = import_module("aiofence").get_current_fencing
     middleware = import_module("aiofence.contrib.starlette").DisconnectMiddleware
 
@@ -111,8 +111,8 @@ def aiofence() -> Guard:
     return Guard(decorate, middleware)
 
 
-def contestants() -> dict[str, Guard]:
-    """Return those that are installed, each under its name in the tables."""
+def implementations() -> dict[str, Guard]:
+    """Return the installed implementations, by their names in the tables."""
     guards = {
         BARE: Guard(),
         OURS: Guard(cancel_on_disconnect),
@@ -121,7 +121,7 @@ def contestants() -> dict[str, Guard]:
         "polling": Guard(polling),
     }
     try:
-        # By name, so that type checkers don't miss them where they can't be installed.
+        # Imported by name, so that type checkers don't need them where they can't be installed.
         peer = import_module("fastapi_disconnect")
         guards[FASTAPI_DISCONNECT] = Guard(peer.cancel_on_disconnect)
         guards[MIDDLEWARE] = Guard(wrap=peer.CancelOnDisconnectMiddleware)
@@ -132,7 +132,7 @@ def contestants() -> dict[str, Guard]:
 
 
 async def disconnected(request: Request) -> None:
-    """Return when the client has left; what else arrives is lost."""
+    """Return when the client has disconnected; everything else that arrives is lost."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

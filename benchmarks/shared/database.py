@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from psycopg import AsyncConnection
 from psycopg_pool import AsyncConnectionPool
 
-from postgres import postgres
+from benchmarks.shared.postgres import postgres
 
 POOL_SIZE = 10
 
@@ -22,7 +22,7 @@ def open_pool() -> Pool:
 
 @contextmanager
 def database() -> Generator[None]:
-    """Run it, and let the environment say where it is."""
+    """Run PostgreSQL, and set the environment variables that say where it is."""
     with postgres() as directory:
         os.environ |= {"PGHOST": str(directory), "PGUSER": "postgres"}
         yield

