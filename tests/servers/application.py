@@ -132,7 +132,8 @@ async def ready(request: Request) -> Response:
 async def show(request: Request) -> Response:
     """Return the events of all requests whose keys have this prefix."""
     begin = request.path_params["begin"]
-    return JSONResponse({key.removeprefix(begin): seen for key, seen in events.items() if key.startswith(begin)})
+    seen = dict(events)  # threads add to it meanwhile
+    return JSONResponse({key.removeprefix(begin): seen[key] for key in seen if key.startswith(begin)})
 
 
 async def census(request: Request) -> Response:
