@@ -51,44 +51,57 @@ class Reader:
     async def next_message(self) -> Message:
         """Return the next message in the server's order, or raise what receive() raised in its place."""
         self.may_read_ahead = True
-        self._waiting += 1
-        try:
-            while not self._kept and self.disconnect is None:
-                message = await (self.next_change().wait() if self._is_reading else self._read())
-                if message is not None:
-                    return message
-        finally:
-            self._waiting -= 1
-            if self._cancel_task is not None:
-                self.stop()
-        return self._take() if self._kept else cast(Message, self.disconnect)  # which is known if nothing is kept
+        while not (self._kept or self.disconnect):
+            receiving = self._receive_here()
+            if not isinstance(receiving, CoroutineType):
+                await self._wait_for_message(receiving)
+                continue
+            self._is_reading = True
+            try:
+                message = self.note(await receiving)
+            except get_cancelled_exc_class():
+                self._reads_here = False
+                raise
+            finally:
+                self._end_here()
+            if message is not self.disconnect:
+                return message
+        if self._kept:
+            return self._take()
+        self.learn()
+        return cast(Message, self.disconnect)  # which is known if nothing is kept
 
-    async def _read(self) -> Message | None:
-        """Return the next message, or None if from now on a task reads."""
+    def _receive_here(self) -> Awaitable[Message] | None:
+        """Call receive(), unless it is another task that reads; return what is to be awaited."""
         if self._reads_here is None:
             # A server's own is a method. A middleware's is mostly a closure, and the one of Starlette's
             # BaseHTTPMiddleware loses body when it is cancelled, as granian's does, which returns no coroutine.
             self._reads_here = isinstance(self._receive, MethodType)
-        receiving = self._receive() if self._reads_here and not self._is_body_complete else None
-        if not isinstance(receiving, CoroutineType):
-            self._reads_here = False
-            self._start_reading(receiving)
-            return None
-        self._is_reading = True
+        return self._receive() if self._reads_here and not self._is_reading and not self._is_body_complete else None
+
+    def _end_here(self) -> None:
+        """Let others go on, since this task no longer reads."""
+        self._is_reading = False
+        if self._changed is not None:
+            self.change()
+        if self._reads_ahead:
+            self.read_on()
+        elif self._asking:
+            self._start_if_wanted()
+
+    async def _wait_for_message(self, receiving: Awaitable[Message] | None) -> None:
+        """Wait for the task that reads, and start it if there is none."""
+        self._waiting += 1
         try:
-            message = self.note(await receiving)
-        except get_cancelled_exc_class():
-            self._reads_here = False
-            raise
+            if not self._is_reading:
+                self._reads_here = False
+                self._start_reading(receiving)
+            while self._is_reading and not self._kept and self.disconnect is None:
+                await self.next_change().wait()
         finally:
-            self._is_reading = False
-            if self._changed is not None:
-                self.change()
-            if self._reads_ahead:
-                self.read_on()
-            elif self._asking:
-                self._start_if_wanted()
-        return message
+            self._waiting -= 1
+            if self._cancel_task is not None:
+                self.stop()
 
     def give_back(self, message: Message) -> None:
         """Keep a message for who asks next, since the one who asked for it has given up."""
@@ -164,6 +177,9 @@ class Reader:
 
     def came(self) -> None:
         """Do what is to be done when the client has disconnected."""
+
+    def learn(self) -> None:
+        """Do what is to be done when the code that runs now has learned of it."""
 
     @property
     def _is_wanted(self) -> bool:

@@ -93,10 +93,7 @@ class Watch(Reader):
             await checkpoint_if_cancelled()
         if not is_here:
             return await self.loop.run(self.__call__, self.give_back)
-        message = await self.next_message()
-        if message is self.disconnect:
-            self.learn()
-        return message
+        return await self.next_message()
 
     def begin(self, call: Call, loop: Loop) -> None:
         """Count a call among those to be cancelled."""

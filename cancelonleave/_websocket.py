@@ -32,12 +32,8 @@ class WebSocketWatch(Watch):
 
     async def __call__(self) -> Message:
         """Return the messages in their order and then the disconnect, also in a cancelled scope."""
-        if not self.loop.is_running_here():
-            return await self.loop.run(self.__call__, self.give_back)
-        message = await self.next_message()
-        if message is self.disconnect:
-            self.learn()
-        return message
+        is_here = self.loop.is_running_here()
+        return await (self.next_message() if is_here else self.loop.run(self.next_message, self.give_back))
 
     def start(self) -> None:
         if self.phase is not Phase.CLOSED:  # it was open when this became due
