@@ -9,8 +9,8 @@ import time
 QUESTIONS = {
     "overhead": ["--rounds", "11"],
     "instructions": [],
-    "throughput": ["--rounds", "3", "--seconds", "2"],
-    "messages": ["--rounds", "9"],
+    "throughput": ["--rounds", "3", "--seconds", "1"],
+    "messages": ["--rounds", "7"],
     "latency": ["--rounds", "1"],
     "memory": [],
     "scale": ["--rounds", "1"],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 from benchmarks import charts, report
@@ -23,7 +24,7 @@ COUNTED = ["at once", "3 awaits", "reads its body"]  # the other cases depend on
 
 
 async def run(case: str, implementation: str, requests: int) -> None:
-    """Answer this many requests, under valgrind."""
+    """Answer this many requests."""
     app = build(CASES[case], implementations()[implementation])
     stopped = asyncio.get_running_loop().time()
     # valgrind is so slow that the event loop would lag, and what happens then depends on how much it lags.
@@ -34,38 +35,50 @@ async def run(case: str, implementation: str, requests: int) -> None:
     await block(app, BACKENDS["asyncio"], requests, 1)
 
 
-def instructions(case: str, implementation: str, requests: int) -> int:
-    """Return how many instructions a process takes for this many requests."""
-    script = [sys.executable, "-m", "benchmarks.instructions", "--run", case, implementation, str(requests)]
-    with tempfile.TemporaryDirectory() as directory:
-        log = Path(directory) / "log"
-        options = ["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null", f"--log-file={log}"]
-        subprocess.run(["valgrind", *options, *script], check=True, env={**os.environ, "PYTHONHASHSEED": "0"})
-        found = re.search(r"I +refs: +([\d,]+)", log.read_text())
-    assert found is not None
-    return int(found[1].replace(",", ""))
+def run_each(names: list[str]) -> None:
+    """Run each count in a process of its own, under valgrind, and print their ids.
+
+    They are forked from here, since under valgrind the imports take much longer than the requests.
+    """
+    fork = multiprocessing.get_context("fork")
+    for name, case, requests in product(names, COUNTED, (FEW, MANY)):
+        process = fork.Process(target=lambda *each: asyncio.run(run(*each)), args=(case, name, requests))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise RuntimeError(f"{name}, {case}: the process ended with {process.exitcode}")
+        print(process.pid)
 
 
 def measure(names: list[str]) -> dict[str, dict[str, float]]:
     """Return the instructions of a request, in thousands, by implementation and case."""
+    script = [sys.executable, "-m", "benchmarks.instructions", "--run", "--only", *names]
+    with tempfile.TemporaryDirectory() as directory:
+        options = ["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+        command = ["valgrind", *options, f"--log-file={directory}/%p", *script]
+        environment = {**os.environ, "PYTHONHASHSEED": "0"}
+        ids = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.split()
+        counts = [counted((Path(directory) / each).read_text()) for each in ids]
+    # A process counts what its parent did before the fork, too: the difference excludes that.
+    pairs = zip(counts[::2], counts[1::2], strict=True)
+    thousands = iter([(many - few) / (MANY - FEW) / 1000 for few, many in pairs])
+    return {name: {case: next(thousands) for case in COUNTED} for name in names}
 
-    def of_one(name: str) -> dict[str, float]:
-        counts = {case: instructions(case, name, MANY) - instructions(case, name, FEW) for case in COUNTED}
-        return {case: count / (MANY - FEW) / 1000 for case, count in counts.items()}
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # other processes don't change the count
-        return dict(zip(names, pool.map(of_one, names), strict=True))
+def counted(log: str) -> int:
+    found = re.search(r"I +refs: +([\d,]+)", log)
+    assert found is not None
+    return int(found[1].replace(",", ""))
 
 
 def main() -> None:
     """Count for every implementation; `valgrind` must be installed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", nargs=3, metavar=("CASE", "IMPLEMENTATION", "REQUESTS"), help="what is to be counted")
     parser.add_argument("--only", nargs="+", default=list(implementations()), help="some of: %(default)s")
+    parser.add_argument("--run", action="store_true", help="run what is to be counted, as valgrind does it")
     options = parser.parse_args()
     if options.run:
-        case, implementation, requests = options.run
-        asyncio.run(run(case, implementation, int(requests)))
+        run_each(options.only)
         return
     thousands = measure(options.only)
     added = {

@@ -25,7 +25,7 @@ SERVERS = ["uvicorn", "hypercorn", "granian"]
 MESSAGES = 1_000  # in each block
 BLOCKS = 9  # of each, in turn, in each round
 
-Rates = dict[str, dict[str, list[list[float]]]]  # by path and implementation: messages a second, by round and block
+Rates = dict[str, dict[str, list[float]]]  # by path and implementation: messages a second, of each block
 
 
 async def echo(websocket: WebSocket) -> None:
@@ -89,26 +89,19 @@ async def measure(server: str, rounds: int) -> Rates:
             for path, column in rates.items():
                 for name in column:
                     await load(running[name], path)  # warm up
-                    column[name].append([])
                 for _ in range(BLOCKS):
                     for name in random.sample([BARE, OURS], 2):
-                        column[name][-1].append(await load(running[name], path))
+                        column[name].append(await load(running[name], path))
     return rates
 
 
-def share(column: dict[str, list[list[float]]]) -> float:
-    """Return the median of all rounds, where each is the median of its pairs of blocks, which ran within a second."""
-    shares = [
-        [mine / bare for mine, bare in zip(*blocks, strict=True)]
-        for blocks in zip(column[OURS], column[BARE], strict=True)
-    ]
-    return median(map(median, shares))
-
-
 def table(server: str, rates: Rates) -> str:
+    shares = [
+        median(mine / bare for mine, bare in zip(column[OURS], column[BARE], strict=True)) for column in rates.values()
+    ]
     rows = {
-        f"{BARE}: messages a second": [f"{median(map(median, column[BARE])):.0f}" for column in rates.values()],
-        f"{OURS}: share of that": [f"{share(column):.3f}" for column in rates.values()],
+        f"{BARE}: messages a second": [f"{median(column[BARE]):.0f}" for column in rates.values()],
+        f"{OURS}: share of that": [f"{share:.3f}" for share in shares],
     }
     return report.table(server, list(rates), rows)
 

@@ -20,6 +20,7 @@ from benchmarks.shared.servers import Server, serve
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
 CONNECTIONS = [1, 64]
+BLOCKS = 3  # of each implementation in each round, in turn: many short ones decide more surely than a few long ones
 ANSWER = {"name": "report", "rows": [1, 2, 3], "done": True}
 
 
@@ -30,7 +31,7 @@ class Load(NamedTuple):
     cost: float  # microseconds of processor time a request
 
 
-Loads = dict[str, dict[str, list[Load]]]  # by column and implementation, of each round
+Loads = dict[str, dict[str, list[Load]]]  # by column and implementation, of each block
 
 
 async def report_json(request: Request) -> JSONResponse:
@@ -62,7 +63,7 @@ async def load(server: Server, connections: int, seconds: int) -> Load:
 
 
 async def measure(server: str, framework: str, rounds: int, seconds: int) -> Loads:
-    """In each round serve every implementation anew, and load one after another, in random order.
+    """In each round serve every implementation anew, and load one after another in turn, in random order.
 
     Anew, since one process can be faster than the next of the same program.
     """
@@ -76,18 +77,19 @@ async def measure(server: str, framework: str, rounds: int, seconds: int) -> Loa
             for name in names:
                 await load(running[name], max(CONNECTIONS), 1)  # warm up
             for number, column in zip(CONNECTIONS, loads.values(), strict=True):
-                for name in random.sample(names, len(names)):
-                    column[name].append(await load(running[name], number, seconds))
+                for _ in range(BLOCKS):
+                    for name in random.sample(names, len(names)):
+                        column[name].append(await load(running[name], number, seconds))
     return loads
 
 
 def share(loads: dict[str, list[Load]], name: str) -> float:
-    """Return the median of an implementation's rate relative to the undecorated one of the same round."""
+    """Return the median of an implementation's rate relative to the undecorated one of the same turn."""
     return median(mine.rate / bare.rate for mine, bare in zip(loads[name], loads[BARE], strict=True))
 
 
 def added(loads: dict[str, list[Load]], name: str) -> float:
-    """Return the median of what a request costs more than undecorated in the same round."""
+    """Return the median of what a request costs more than undecorated in the same turn."""
     return median(mine.cost - bare.cost for mine, bare in zip(loads[name], loads[BARE], strict=True))
 
 
@@ -105,8 +107,8 @@ def tables(server: str, loads: Loads) -> list[str]:
 def main() -> None:
     """Measure everything; `wrk` must be installed, as by `apt install wrk`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="of each implementation (default: %(default)s)")
-    parser.add_argument("--seconds", type=int, default=5, help="of load (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of new servers (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=2, help="of load (default: %(default)s)")
     parser.add_argument("--servers", nargs="+", default=SERVERS, help="some of: %(default)s")
     options = parser.parse_args()
     results: dict[str, Loads] = {}
