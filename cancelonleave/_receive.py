@@ -38,7 +38,7 @@ class Reader:
     _reads_here: bool | None = None  # in the task that asks; None is not known yet
     _is_reading = False
     _is_body_complete = False
-    _waiting = 0  # those who wait for a message
+    _waiting = 0  # those who wait for a message that another task reads
     _size = 0
     _kept: tuple[Message | BaseException, ...] = ()  # at most some 250, so that taking the first is cheap
     _cancel_task: Callable[[], object] | None = None
@@ -55,6 +55,7 @@ class Reader:
             receiving = self._receive_here()
             if not isinstance(receiving, CoroutineType):
                 await self._wait_for_message(receiving)
+                del receiving  # it would make a cycle with what it raises
                 continue
             self._is_reading = True
             try:
@@ -66,18 +67,20 @@ class Reader:
                 self._end_here()
             if message is not self.disconnect:
                 return message
+            # The disconnect comes after what was given back meanwhile.
         if self._kept:
             return self._take()
         self.learn()
         return cast(Message, self.disconnect)  # which is known if nothing is kept
 
     def _receive_here(self) -> Awaitable[Message] | None:
-        """Call receive(), unless it is another task that reads; return what is to be awaited."""
+        """Call receive() and return what is to be awaited, or return None if another task reads, or must."""
         if self._reads_here is None:
             # A server's own is a method. A middleware's is mostly a closure, and the one of Starlette's
             # BaseHTTPMiddleware loses body when it is cancelled, as granian's does, which returns no coroutine.
             self._reads_here = isinstance(self._receive, MethodType)
-        return self._receive() if self._reads_here and not self._is_reading and not self._is_body_complete else None
+        can_read = self._reads_here and not self._is_reading and not self._is_body_complete
+        return self._receive() if can_read else None
 
     def _end_here(self) -> None:
         """Let others go on, since this task no longer reads."""
@@ -90,7 +93,7 @@ class Reader:
             self._start_if_wanted()
 
     async def _wait_for_message(self, receiving: Awaitable[Message] | None) -> None:
-        """Wait for the task that reads, and start it if there is none."""
+        """Wait until another task has read, and start one if there is none."""
         self._waiting += 1
         try:
             if not self._is_reading:
@@ -105,6 +108,8 @@ class Reader:
 
     def give_back(self, message: Message) -> None:
         """Keep a message for who asks next, since the one who asked for it has given up."""
+        if message is self.disconnect:
+            return  # it is remembered already, and who asks next learns of it
         self._kept = (message, *self._kept)
         self._size += self.size_of(message)
         self.change()

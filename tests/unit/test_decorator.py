@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import pickle
@@ -20,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import Client
+from tests.conftest import BACKENDS
 from tests.shared.asking import ask
 
 pytestmark = pytest.mark.anyio
@@ -392,9 +394,8 @@ async def test_nothing_of_a_request_is_left_to_the_garbage_collector() -> None:
         gc.enable()
 
 
-async def test_nothing_of_a_failing_request_is_left_to_the_garbage_collector() -> None:
-    async def receive() -> Message:
-        raise ValueError("too large")
+async def has_left_nothing(receive: Receive) -> bool:
+    """Whether nothing of a request whose receive() fails is left to the garbage collector."""
 
     @cancel_on_disconnect
     async def endpoint(request: Request) -> None:
@@ -412,9 +413,27 @@ async def test_nothing_of_a_failing_request_is_left_to_the_garbage_collector() -
         gone = weakref.ref(request)
         del request
         await anyio.sleep(0.06)
-        assert gone() is None
+        return gone() is None
     finally:
         gc.enable()
+
+
+async def test_nothing_of_a_failing_request_is_left_to_the_garbage_collector() -> None:
+    async def receive() -> Message:
+        raise ValueError("too large")
+
+    assert await has_left_nothing(receive)
+
+
+@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
+async def test_nothing_is_left_to_the_garbage_collector_where_receive_returns_a_future_that_fails() -> None:
+    class Server:
+        def receive(self) -> Awaitable[Message]:
+            future: asyncio.Future[Message] = asyncio.Future()
+            asyncio.get_running_loop().call_soon(future.set_exception, ValueError("too large"))
+            return future
+
+    assert await has_left_nothing(Server().receive)
 
 
 def test_the_exception_has_both_base_classes_and_can_be_pickled() -> None:

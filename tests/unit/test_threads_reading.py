@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive
 
 from cancelonleave import cancel_on_disconnect
 from cancelonleave._loop import loop_of
-from cancelonleave._watch import Watch
+from cancelonleave._watch import LEARN, Watch, watch_of
 from cancelonleave.testing import SERVERS, Client, Exchange
 from tests.conftest import BACKENDS
 from tests.shared.asking import LONGER_THAN_GRACE
@@ -309,6 +309,27 @@ async def test_a_message_that_arrives_as_a_thread_gives_up_is_kept_for_the_next(
                 has_arrived.set()
                 given_up.wait(5)  # so nothing here can run before that
         assert await watch() == message
+
+
+@on_asyncio
+async def test_an_endpoint_that_reads_the_disconnect_which_a_thread_gave_up_is_not_cancelled_on_top() -> None:
+    read: list[Message] = []
+
+    class Server:
+        async def receive(self) -> Message:
+            return {"type": "http.disconnect"}
+
+    @cancel_on_disconnect
+    async def endpoint(request: Request) -> None:
+        watch = watch_of(request)
+        watch.give_back(await asyncio.create_task(watch()))  # as when a thread gives up
+        read.append(await request.receive())
+        await asyncio.sleep(LEARN * 1.5)
+        read.append({})
+
+    with anyio.fail_after(10):
+        await endpoint(Request({"type": "http", "headers": []}, Server().receive))
+    assert read == [{"type": "http.disconnect"}, {}]
 
 
 @on_asyncio
