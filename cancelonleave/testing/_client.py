@@ -34,8 +34,8 @@ class Client:
     - has to ignore the disconnect that follows a complete response (all but gunicorn);
     - can't cancel a `receive()` and call it again, as Starlette's `is_disconnected()` does: if it was about to return
       body, that is lost (granian), and if it waited for the disconnect, a false one follows (gunicorn);
-    - can't rely on `send()` to raise an error, though `spec_version` is 2.4 (gunicorn). Since 0.42, an undecorated
-      StreamingResponse of Starlette's does, so it goes on until it has sent everything.
+    - can't rely on `send()` to raise an error, though `spec_version` is 2.4 (gunicorn). Starlette's StreamingResponse
+      has relied on that since 0.42, so an undecorated one runs until everything is sent.
 
     Choose a server by name for what contradicts this: no `spec_version` (daphne), unread body dropped (uvicorn,
     gunicorn), no disconnect after a response (gunicorn), a `send()` that raises OSError (gunicorn-h2) or never returns
@@ -49,7 +49,7 @@ class Client:
         app: The ASGI application.
         server: The server to simulate: "strict", "gunicorn-uvloop" or one of `SERVERS`.
         timeout: Seconds that the application may go on after the disconnect or, if the client stays, in all. Time
-            that the whole process spends halted, as by a debugger, is hardly counted.
+            that the whole process spends halted, as by a debugger, hardly counts.
         unchecked: Checks to leave out, each with the reason: "tasks left behind", "unbalanced cancelling" (of the
             application's asyncio task), "concurrent receive" or "message order".
 

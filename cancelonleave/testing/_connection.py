@@ -66,9 +66,9 @@ class Connection:
         self.ended_after = current_time() - self._began
         self._change()
 
-    async def upload(self, body: Body, *, invited: bool) -> None:
+    async def upload(self, body: Body, *, at_once: bool) -> None:
         """Have the client send its body, no faster than the application receives it, until it disconnects."""
-        await self.until(lambda: invited or self.asked_for_body or self.over)
+        await self.until(lambda: at_once or self.asked_for_body or self.over)
         if self.over:
             return
         if isinstance(body, bytes):

@@ -8,9 +8,10 @@ import sysconfig
 from collections.abc import Iterator
 from os.path import dirname, join
 from traceback import FrameSummary, format_list
-from types import FrameType
+from types import CodeType, FrameType
 
 import anyio
+from starlette.types import ASGIApp, Scope
 
 INSTALLED = tuple(map(sysconfig.get_path, ("purelib", "platlib")))
 _STDLIB = tuple(map(sysconfig.get_path, ("stdlib", "platstdlib")))
@@ -28,7 +29,7 @@ def describe(coroutine: object) -> str:
     shown = [frame for frame in frames[:-1] if frame in telling or frame.f_code.co_filename == _SERVER]
     places = [(frame.f_code, frame.f_lineno) for frame in [*shown[-5:], frames[-1]]]
     lines = format_list([FrameSummary(code.co_filename, line, code.co_name) for code, line in places])
-    return f"{_definition(telling[0])}\n{''.join(lines)}".rstrip()
+    return f"{_definition(telling[0].f_code)}\n{''.join(lines)}".rstrip()
 
 
 def caller() -> str:
@@ -39,7 +40,13 @@ def caller() -> str:
         frames.append(frame)
         frame = frame.f_back
     frames = frames[2:]  # without this function's own, and the server's
-    return _definition(_telling(frames)[0]) if frames else "a task of its own"
+    return _definition(_telling(frames)[0].f_code) if frames else "a task that runs it directly"
+
+
+def endpoint_of(scope: Scope, app: ASGIApp) -> str:
+    """Name the endpoint that Starlette or FastAPI chose for a request, or else the application."""
+    endpoint = inspect.unwrap(scope.get("endpoint", app))
+    return _definition(endpoint.__code__) if inspect.isfunction(endpoint) else repr(endpoint)
 
 
 def _telling(frames: list[FrameType]) -> list[FrameType]:
@@ -57,8 +64,7 @@ def _rank(frame: FrameType) -> int:
     return 2 if name.startswith(_STDLIB) else 0
 
 
-def _definition(frame: FrameType) -> str:
-    code = frame.f_code
+def _definition(code: CodeType) -> str:
     return f"{code.co_qualname}(), defined at {code.co_filename}:{code.co_firstlineno}"
 
 

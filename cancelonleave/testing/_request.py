@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from anyio import Event
@@ -18,27 +18,30 @@ Body = bytes | Iterable[bytes] | AsyncIterable[bytes]
 
 
 class Options(TypedDict, total=False):
-    """The rest of a request, and when its client disconnects: at whichever comes first."""
+    """The rest of a request, and when its client disconnects: if several are given, the first to come due counts.
 
-    params: Mapping[str, object]
+    An option that is None counts as left out, except for `json`.
+    """
+
+    params: Mapping[str, object] | None
     """The query, in addition to the path's own. A list gives a parameter several times."""
-    headers: Mapping[str, str] | Sequence[tuple[str, str]]
+    headers: Mapping[str, str] | Sequence[tuple[str, str]] | None
     """With `Expect: 100-continue` the client sends its body only when the server asks for it."""
-    cookies: Mapping[str, str]
+    cookies: Mapping[str, str] | None
     """Sent with this request; the client keeps none from one request to the next."""
     json: Any  # whatever json.dumps() takes
     """The body, as JSON."""
-    data: Mapping[str, object]
+    data: Mapping[str, object] | None
     """The body, as a form."""
-    content: Body
+    content: Body | None
     """The body: bytes, or chunks to be sent one by one, each when the application has received the one before."""
-    leave_after: float
+    leave_after: float | None
     """Disconnect so many seconds after the request; 0 is before the application starts."""
-    leave_when: Event
+    leave_when: Event | None
     """Disconnect when this event of anyio's is set, by the application or the test."""
-    leave_after_received: int
+    leave_after_received: int | None
     """Disconnect after so many chunks of the response's body; 0 is the start of the response."""
-    leave_after_sent: int
+    leave_after_sent: int | None
     """Disconnect after the application has received so many chunks of the request's body; 0 is before the first.
 
     With daphne it is the server that receives them.
@@ -53,7 +56,7 @@ def scope_and_body(method: str, path: str, options: Options, server: Server) -> 
         raise TypeError(f"A request has no option {' or '.join(map(repr, sorted(unknown)))}. Choose from {known}.")
     body, content_type = _body(options)
     path, query = _path_and_query(path)
-    query = "&".join(part for part in (query, urlencode(options.get("params", {}), doseq=True)) if part)
+    query = "&".join(part for part in (query, _encoded(options.get("params") or {})) if part)
     asgi = {"version": "3.0"} | ({"spec_version": server.spec_version} if server.spec_version else {})
     scope: Scope = {
         "type": "http",
@@ -77,24 +80,36 @@ def scope_and_body(method: str, path: str, options: Options, server: Server) -> 
 def _path_and_query(url: str) -> tuple[str, str]:
     """Take a path with or without a query, or a whole URL of the client's own host."""
     parts = urlsplit(url)
-    if (parts.scheme, parts.netloc) not in (("", ""), ("http", HOST)):
-        raise TypeError(f"The client is connected to http://{HOST}, which {url!r} doesn't belong to. Pass a path.")
+    if (parts.scheme, parts.netloc) not in (("", ""), ("http", HOST), ("http", f"{HOST}:80")):
+        raise TypeError(f"This client requests http://{HOST} only. Pass a path instead of {url!r}.")
     return f"/{parts.path.removeprefix('/')}", parts.query
 
 
 def _body(options: Options) -> tuple[Body, str | None]:
-    given = options.keys() & {"json", "data", "content"}
+    given = {name for name in ("data", "content") if options.get(name) is not None} | options.keys() & {"json"}
     if len(given) > 1:
         raise TypeError(f"A request has one body, but {' and '.join(sorted(given))} were given. Choose one.")
     if "json" in options:
         return json.dumps(options["json"]).encode(), "application/json"
-    if "data" in options:
-        return urlencode(options["data"], doseq=True).encode(), "application/x-www-form-urlencoded"
-    return options.get("content", b""), None
+    if (form := options.get("data")) is not None:
+        return _encoded(form).encode(), "application/x-www-form-urlencoded"
+    return options.get("content") or b"", None
+
+
+def _encoded(pairs: Mapping[str, object]) -> str:
+    """Encode a query or a form."""
+    return urlencode({name: _text(value) for name, value in pairs.items()}, doseq=True)
+
+
+def _text(value: object) -> object:
+    """Return what JSON and httpx have for True and False, and nothing for None; of a list, for each in it."""
+    if isinstance(value, list | tuple):
+        return [_text(each) for each in cast("list[object]", value)]  # whatever is in it
+    return str(value).lower() if isinstance(value, bool) else "" if value is None else value
 
 
 def _headers(options: Options, body: Body, content_type: str | None) -> list[tuple[bytes, bytes]]:
-    given = options.get("headers", {})
+    given = options.get("headers") or {}
     pairs = given.items() if isinstance(given, Mapping) else given
     headers = MutableHeaders(raw=[(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs])
     headers.setdefault("host", HOST)

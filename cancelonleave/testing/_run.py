@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Scope
 
 from ._connection import Connection
 from ._faults import Fault
+from ._frames import endpoint_of
 from ._request import Body, Options
 from ._tasks import Task, asyncio_task, cancel_tasks, closes_generator, description, own_tasks, tasks_of
 
@@ -22,9 +23,9 @@ STEPS = 100  # of the timeout
 MOMENT = 0.05  # seconds for the tasks that end with the request, which a thread may hold a little longer
 PAUSE = 0.005  # seconds between two looks at them
 TURNS = 3  # of the event loop, for each look
-LONGER = "If it may take longer, allow that: Client(app, timeout=...)"
+LONGER = "If it is meant to take longer, raise the limit: Client(app, timeout=...)"
 BLOCKED = (
-    "It waits in send(), which on this server, chosen by name, never returns if the client disconnects meanwhile. "
+    "It waits in send(), which never returns on this server, chosen by name, once the client has disconnected. "
     "The decorator interrupts the send() of a StreamingResponse, but not the one that FastAPI itself calls for its "
     "generator endpoints (JSON Lines, server-sent events). Choose another server for them."
 )
@@ -50,11 +51,11 @@ async def run(app: ASGIApp, connection: Connection, scope: Scope, body: Body, op
 
 
 def _start_client(tasks: TaskGroup, connection: Connection, scope: Scope, body: Body, options: Options) -> None:
-    invited = connection.server.invites_body or all(name != b"expect" for name, _ in scope["headers"])
-    if invited and isinstance(body, bytes):
+    at_once = connection.server.continues_at_once or all(name != b"expect" for name, _ in scope["headers"])
+    if at_once and isinstance(body, bytes):
         connection.arrive(body, more=False)  # it is there before the application asks
     else:
-        tasks.start_soon(partial(connection.upload, body, invited=invited))
+        tasks.start_soon(partial(connection.upload, body, at_once=at_once))
     seconds, event = options.get("leave_after"), options.get("leave_when")
     if (seconds is not None and seconds <= 0) or (event is not None and event.is_set()):
         connection.disconnect()
@@ -90,13 +91,14 @@ async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
         connection.end()
     cancelling = 0 if (task := asyncio_task()) is None else task.cancelling()
     if cancelling:
-        fault = f"The application caught {cancelling} cancellation(s) of its task without calling task.uncancel()."
+        caught = f"{cancelling} cancellation(s) of its task without calling task.uncancel()"
+        fault = f"The application caught {caught}, in {endpoint_of(scope, app)}."
         connection.faults.append(Fault("unbalanced cancelling", fault))
 
 
 async def _wait_for_end(connection: Connection, leave_after: float, timeout: float) -> None:
     """Wait for the end of the application, until the timeout, and report it if it goes on."""
-    since = f"after {leave_after + timeout:g} s, and the client had stayed"
+    since = f"after {leave_after + timeout:g} s, and the client had not disconnected"
     await _wait(lambda: connection.over, connection, leave_after + timeout)
     if connection.left_after is not None:
         since = f"{timeout:g} s after the client disconnected"

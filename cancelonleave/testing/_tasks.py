@@ -60,7 +60,7 @@ def description(task: Task) -> str:
     return f"{name}, which runs {describe(_coroutine(task))}"
 
 
-def _is_process_wide(task: asyncio.Task[Any], running: Iterable[asyncio.Task[Any]]) -> bool:  # Any: as above
+def _is_process_wide(task: asyncio.Task[Any], running: Iterable[asyncio.Task[Any]]) -> bool:
     """Whether a library started the task once: its coroutine takes nothing from a request and runs only here.
 
     The watcher of sse-starlette is one. The first request starts it, and it runs until the server shuts down.
@@ -76,7 +76,7 @@ def _coroutine(task: Task) -> object:
     return task.get_coro() if isinstance(task, asyncio.Task) else task.coro
 
 
-def _context(task: asyncio.Task[Any]) -> Context:  # Any: as above
+def _context(task: asyncio.Task[Any]) -> Context:
     referents = gc.get_referents(task)  # before Python 3.12 nothing else leads there
     return task.get_context() if sys.version_info >= (3, 12) else next(r for r in referents if isinstance(r, Context))
 
