@@ -1,1 +1,1 @@
-"""Tests with PostgreSQL and a real server."""
+"""Tests with PostgreSQL."""

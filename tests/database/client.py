@@ -1,4 +1,4 @@
-"""Requests work from the ledger, disconnects at one of its steps, and asks PostgreSQL what happened."""
+"""Requests work in PostgreSQL, disconnects at one of its steps, and asks PostgreSQL what happened."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ STEPS = {
 }
 
 
-class Ledger(Server):
-    """The ledger on a real server, with a database of its own.
+class Database(Server):
+    """The application on a real server, and the database in which only this one works.
 
     Args:
         app: The name of one of the module's applications.

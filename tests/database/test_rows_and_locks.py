@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.shared.postgres import NEEDED, is_installed, postgres
-from tests.database.client import Ledger
+from tests.database.client import Database
 from tests.database.drivers import DRIVERS
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason=NEEDED)
@@ -44,78 +44,78 @@ def directory() -> Generator[Path]:
 
 
 @pytest.fixture(scope="module")
-def ledger(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Ledger]:
-    ledger = Ledger("guarded", directory, tmp_path_factory.mktemp("guarded") / "log")
-    yield ledger
-    assert [line for line in ledger.stop().splitlines() if not line.startswith(OF_LOST)] == []
+def database(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
+    database = Database("guarded", directory, tmp_path_factory.mktemp("guarded") / "log")
+    yield database
+    assert [line for line in database.stop().splitlines() if not line.startswith(OF_LOST)] == []
 
 
 @pytest.fixture(scope="module")
-def ledger_by_level(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Ledger]:
-    ledger = Ledger("guarded_by_level", directory, tmp_path_factory.mktemp("guarded_by_level") / "log")
-    yield ledger
-    ledger.stop()
+def database_by_level(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[Database]:
+    database = Database("guarded_by_level", directory, tmp_path_factory.mktemp("guarded_by_level") / "log")
+    yield database
+    database.stop()
 
 
 @each_driver
-def test_a_pair_is_committed_if_the_client_stays(ledger: Ledger, driver: str) -> None:
-    committed = ledger.count("SELECT FROM entries")
-    ledger.stay(driver, "order")
-    assert ledger.count("SELECT FROM entries") == committed + 2
+def test_a_pair_is_committed_if_the_client_stays(database: Database, driver: str) -> None:
+    committed = database.count("SELECT FROM entries")
+    database.stay(driver, "order")
+    assert database.count("SELECT FROM entries") == committed + 2
 
 
 @each_driver
 @pytest.mark.parametrize("work", ["transfers", "order"])
-def test_a_disconnect_never_commits_half_of_a_pair(ledger: Ledger, driver: str, work: str) -> None:
-    counts = ledger.disconnect(driver, work, DISCONNECTS)
+def test_a_disconnect_never_commits_half_of_a_pair(database: Database, driver: str, work: str) -> None:
+    counts = database.disconnect(driver, work, DISCONNECTS)
     assert counts["499"] > DISCONNECTS / 2
-    assert ledger.count(HALVES) == 0
-    assert ledger.count(ADVISORY_LOCKS) == 0
-    assert ledger.count(OPEN_TRANSACTIONS.format(driver)) == 0
+    assert database.count(HALVES) == 0
+    assert database.count(ADVISORY_LOCKS) == 0
+    assert database.count(OPEN_TRANSACTIONS.format(driver)) == 0
     if driver != "sqlalchemy":  # it drops a connection whose query is cancelled
         assert counts["opened"] == 0
 
 
 @each_driver
-def test_a_disconnect_releases_locks_and_keeps_connections(ledger: Ledger, driver: str) -> None:
-    counts = ledger.disconnect(driver, "lock", DISCONNECTS)
+def test_a_disconnect_releases_locks_and_keeps_connections(database: Database, driver: str) -> None:
+    counts = database.disconnect(driver, "lock", DISCONNECTS)
     assert counts["holders"] > DISCONNECTS / 4
-    assert ledger.count(LOCKS) == 0
-    assert ledger.count(OPEN_TRANSACTIONS.format(driver)) == 0
+    assert database.count(LOCKS) == 0
+    assert database.count(OPEN_TRANSACTIONS.format(driver)) == 0
     # SQLAlchemy drops a connection whose query is cancelled; no request with a lock was cancelled during a query.
     assert counts["opened"] <= (counts["499"] - counts["holders"] if driver == "sqlalchemy" else 0)
 
 
 @each_driver
-def test_jobs_are_marked_as_failed_and_their_queries_cancelled(ledger: Ledger, driver: str) -> None:
-    counts = ledger.disconnect(driver, "job", DISCONNECTS)
-    assert ledger.count("SELECT FROM jobs") > DISCONNECTS / 4
-    assert ledger.count(UNMARKED) == 0
-    assert ledger.count(OPEN_TRANSACTIONS.format(driver)) == 0
-    assert ledger.count(QUERIES.format(driver)) <= LOST * DISCONNECTS
+def test_jobs_are_marked_as_failed_and_their_queries_cancelled(database: Database, driver: str) -> None:
+    counts = database.disconnect(driver, "job", DISCONNECTS)
+    assert database.count("SELECT FROM jobs") > DISCONNECTS / 4
+    assert database.count(UNMARKED) == 0
+    assert database.count(OPEN_TRANSACTIONS.format(driver)) == 0
+    assert database.count(QUERIES.format(driver)) <= LOST * DISCONNECTS
     if driver != "sqlalchemy":
         assert counts["opened"] <= LOST * DISCONNECTS
 
 
 @each_driver
-def test_halves_would_be_committed_if_the_guard_did_not_raise(ledger_by_level: Ledger, driver: str) -> None:
-    ledger_by_level.disconnect(driver, "order", DISCONNECTS_BY_LEVEL)
-    assert ledger_by_level.count(HALVES) > 0
+def test_halves_would_be_committed_if_the_guard_did_not_raise(database_by_level: Database, driver: str) -> None:
+    database_by_level.disconnect(driver, "order", DISCONNECTS_BY_LEVEL)
+    assert database_by_level.count(HALVES) > 0
 
 
 @each_driver
-def test_level_cancellation_would_leave_locks_and_lose_connections(ledger_by_level: Ledger, driver: str) -> None:
-    counts = ledger_by_level.disconnect(driver, "lock", DISCONNECTS_BY_LEVEL)
-    assert ledger_by_level.count(LOCKS) > 0
+def test_level_cancellation_would_leave_locks_and_lose_connections(database_by_level: Database, driver: str) -> None:
+    counts = database_by_level.disconnect(driver, "lock", DISCONNECTS_BY_LEVEL)
+    assert database_by_level.count(LOCKS) > 0
     if driver != "asyncpg":  # it restores connections in separate tasks
         assert counts["opened"] > counts["499"] - counts["holders"]
 
 
 @each_driver
-def test_level_cancellation_would_leave_jobs_running(ledger_by_level: Ledger, driver: str) -> None:
-    counts = ledger_by_level.disconnect(driver, "job", DISCONNECTS_BY_LEVEL)
-    assert ledger_by_level.count(UNMARKED) > 0
+def test_level_cancellation_would_leave_jobs_running(database_by_level: Database, driver: str) -> None:
+    counts = database_by_level.disconnect(driver, "job", DISCONNECTS_BY_LEVEL)
+    assert database_by_level.count(UNMARKED) > 0
     if driver == "sqlalchemy":
-        assert ledger_by_level.count(QUERIES.format(driver)) > LOST * DISCONNECTS_BY_LEVEL
+        assert database_by_level.count(QUERIES.format(driver)) > LOST * DISCONNECTS_BY_LEVEL
     if driver == "psycopg":
         assert counts["opened"] > LOST * DISCONNECTS_BY_LEVEL

@@ -10,9 +10,9 @@ import anyio
 import pytest
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
 
-from benchmarks.shared.postgres import postgres
+from benchmarks.shared.postgres import NEEDED, is_installed, postgres
 from cancelonleave import cancel_on_disconnect
-from tests.unit.websocket_in_memory import Socket, connected
+from tests.shared.websocket_in_memory import Socket, connected
 
 asyncpg: Any = import_module("asyncpg")  # Any: it has no types
 DISCONNECTS = 200
@@ -87,7 +87,7 @@ async def of_postgresql() -> None:
     rolled_back = 0
     async with asyncpg.create_pool(min_size=AT_ONCE, max_size=AT_ONCE) as pool:
 
-        async def session() -> AsyncGenerator[Any]:  # Any: as above
+        async def session() -> AsyncGenerator[Any]:
             nonlocal rolled_back
             async with pool.acquire() as connection:
                 try:
@@ -98,7 +98,7 @@ async def of_postgresql() -> None:
 
         @app.websocket("/prices")
         @cancel_on_disconnect
-        async def prices(websocket: WebSocket, connection: Annotated[Any, Depends(session)]) -> None:  # Any: as above
+        async def prices(websocket: WebSocket, connection: Annotated[Any, Depends(session)]) -> None:
             await websocket.accept()
             queue = asyncio.Queue[str]()
 
@@ -126,6 +126,7 @@ def test_a_disconnect_removes_every_queue_subscription() -> None:
     asyncio.run(of_queues())
 
 
+@pytest.mark.skipif(not is_installed(), reason=NEEDED)
 def test_a_disconnect_removes_every_postgresql_listener_and_session(monkeypatch: pytest.MonkeyPatch) -> None:
     with postgres() as directory:
         monkeypatch.setenv("PGHOST", str(directory))

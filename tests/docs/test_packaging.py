@@ -61,6 +61,14 @@ def test_the_package_needs_three_others_and_no_more() -> None:
     assert sorted(entry.split(">=")[0] for entry in needed) == ["anyio", "starlette", "typing-extensions"]
 
 
+def test_the_classifiers_name_the_pythons_that_the_gate_tests() -> None:
+    tested = re.search(r"^for version in ([\d. ]+); do$", ROOT.joinpath(".ci", "run").read_text(), re.MULTILINE)
+    assert tested is not None
+    python = "Programming Language :: Python :: 3."
+    classifiers = metadata.metadata("cancelonleave").get_all("Classifier") or []
+    assert [name.removeprefix(python[:-2]) for name in classifiers if name.startswith(python)] == tested[1].split()
+
+
 def test_importing_the_package_is_silent_and_imports_nothing_else() -> None:
     warnings = ["-W", "error", "-W", "ignore::PendingDeprecationWarning"]  # Starlette 0.40 emits one
     assert run(*warnings, "-c", IMPORT) == ("['anyio', 'cancelonleave'] False False\n", "", 0)

@@ -30,7 +30,7 @@ TIMEOUT = 120  # seconds
 PROJECT = tomllib.loads(ROOT.joinpath("pyproject.toml").read_text(encoding="utf-8"))["project"]
 DOCUMENTS = [
     README,
-    ROOT.joinpath("tests", "servers.md"),
+    *ROOT.glob("tests/*.md"),
     ROOT.joinpath("benchmarks", "README.md"),
     *ROOT.glob("cancelonleave/**/*.md"),
 ]

@@ -48,7 +48,7 @@ async def number_yielded() -> AsyncIterator[int]:
 Numbers = tuple[int, int, int, int]
 
 
-def shop(guard: Guard, work: Work) -> FastAPI:
+def application(guard: Guard, work: Work) -> FastAPI:
     app = FastAPI(redirect_slashes=False)
     router = APIRouter(prefix="/router/{shop}", tags=["router"])
     mounted = FastAPI()

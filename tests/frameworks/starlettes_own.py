@@ -13,11 +13,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import starlette.endpoints
 import starlette.routing
 
 from cancelonleave import _loop, cancel_on_disconnect
@@ -37,19 +39,32 @@ PYTEST = [
     "-p",
     "no:trio",
 ]
+METHODS = {"get", "head", "post", "put", "patch", "delete", "options", "on_connect", "on_receive"}
 TIMEOUT = 900  # seconds
 decorated: list[object] = []
 
 
+def decorate(endpoint: Callable[..., Any]) -> Any:  # Any: an endpoint takes and returns anything
+    decorated.append(endpoint)
+    return cancel_on_disconnect(endpoint)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    plain = starlette.routing.request_response
-
-    def request_response(endpoint: Callable[..., Any]) -> Any:  # Any: an endpoint takes and returns anything
-        decorated.append(endpoint)
-        return plain(cancel_on_disconnect(endpoint))
-
-    setattr(starlette.routing, "request_response", request_response)  # noqa: B010 - it is typed more narrowly
+    for name in ("request_response", "websocket_session"):
+        setattr(starlette.routing, name, partial(decorate_function, getattr(starlette.routing, name)))
+    for kind in (starlette.endpoints.HTTPEndpoint, starlette.endpoints.WebSocketEndpoint):
+        setattr(kind, "__init_subclass__", classmethod(decorate_methods))  # noqa: B010 - it is typed more narrowly
     _loop.GRACE = 0  # seconds: watch at once
+
+
+def decorate_function(into_application: Callable[..., Any], endpoint: Callable[..., Any]) -> Any:
+    return into_application(decorate(endpoint))
+
+
+def decorate_methods(kind: type) -> None:
+    """Decorate the methods of a class that are endpoints; `on_disconnect()` is called after the disconnect."""
+    for name in METHODS & vars(kind).keys():
+        setattr(kind, name, decorate(vars(kind)[name]))
 
 
 def pytest_report_collectionfinish() -> str:

@@ -24,7 +24,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave.testing import Client
-from tests.frameworks.endpoints_of_each_shape import IDS, INVALID_IDS, INVALID_REQUESTS, REQUESTS, Ask, post, shop
+from tests.frameworks.endpoints_of_each_shape import (
+    IDS,
+    INVALID_IDS,
+    INVALID_REQUESTS,
+    REQUESTS,
+    Ask,
+    application,
+    post,
+)
 from tests.shared.annotated_endpoints import Guard, Work
 from tests.shared.asking import ask, ignore_middleware_garbage, no_work, sent, some_work, undecorated
 
@@ -63,11 +71,11 @@ def stack(names: str, statuses: list[int]) -> list[Middleware]:
     return [recorder, *(middleware for name in names.split() for middleware in (known[name], recorder))]
 
 
-cached_shop = functools.cache(shop)
+cached_app = functools.cache(application)
 
 
 def test_openapi_document_is_the_same_as_undecorated() -> None:
-    documents = [json.dumps(shop(guard, no_work).openapi()) for guard in (cancel_on_disconnect, undecorated)]
+    documents = [json.dumps(application(guard, no_work).openapi()) for guard in (cancel_on_disconnect, undecorated)]
     assert documents[0] == documents[1]
     assert "cancelonleave" not in documents[0]
 
@@ -75,16 +83,16 @@ def test_openapi_document_is_the_same_as_undecorated() -> None:
 @pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
 @pytest.mark.parametrize("work", [no_work, some_work])
 async def test_response_is_the_same_as_undecorated(request_: Ask, work: Work) -> None:
-    decorated = await request_(cached_shop(cancel_on_disconnect, work))
-    plain = await request_(cached_shop(undecorated, no_work))
+    decorated = await request_(cached_app(cancel_on_disconnect, work))
+    plain = await request_(cached_app(undecorated, no_work))
     assert sent(decorated) == sent(plain)
     assert decorated.status in (200, 201, 202) or "future/result" in decorated.request
 
 
 @pytest.mark.parametrize("request_", INVALID_REQUESTS, ids=INVALID_IDS)
 async def test_response_to_an_invalid_request_is_the_same_as_undecorated(request_: Ask) -> None:
-    decorated = await request_(cached_shop(cancel_on_disconnect, no_work))
-    plain = await request_(cached_shop(undecorated, no_work))
+    decorated = await request_(cached_app(cancel_on_disconnect, no_work))
+    plain = await request_(cached_app(undecorated, no_work))
     assert sent(decorated) == sent(plain)
     assert decorated.status == 422
 
@@ -102,7 +110,7 @@ async def test_disconnect_cancels_an_endpoint_of_any_shape(request_: Ask) -> Non
         finally:
             cleaned_up += 1
 
-    exchange = await request_(shop(cancel_on_disconnect, work), leave_when=disconnect)
+    exchange = await request_(application(cancel_on_disconnect, work), leave_when=disconnect)
     assert exchange.status == 499
     assert cleaned_up == 1
 
@@ -154,9 +162,9 @@ async def test_yield_dependency_rolls_back_only_when_the_client_disconnects(
 
 async def test_callable_instance_answers_and_is_cancelled() -> None:
     # Tested separately because FastAPI before 0.123 takes an undecorated instance for a sync function.
-    exchange = await ask(shop(cancel_on_disconnect, some_work), "/instance?q=a")
+    exchange = await ask(application(cancel_on_disconnect, some_work), "/instance?q=a")
     assert (exchange.status, exchange.body) == (200, b'"a"')
-    exchange = await ask(shop(cancel_on_disconnect, anyio.sleep_forever), "/instance", leave_after=0)
+    exchange = await ask(application(cancel_on_disconnect, anyio.sleep_forever), "/instance", leave_after=0)
     assert exchange.status == 499
 
 
@@ -477,7 +485,7 @@ async def test_dependencies_roll_back_when_the_client_disconnects_during_a_strea
     kind: Callable[..., Response],
 ) -> None:
     transactions, idle = Transactions(), anyio.Event()
-    client = Client(transactions.app(idle, 60, kind), unchecked={"tasks left behind": "sse-starlette keeps one"})
+    client = Client(transactions.app(idle, 60, kind))
     exchange = await client.get("/", leave_when=idle)
     assert exchange.error is None
     assert transactions.ends == ["background", "sync rollback", "rollback"]
@@ -486,7 +494,7 @@ async def test_dependencies_roll_back_when_the_client_disconnects_during_a_strea
 @STREAMS
 async def test_dependencies_commit_when_a_stream_is_complete(kind: Callable[..., Response]) -> None:
     transactions = Transactions()
-    client = Client(transactions.app(anyio.Event(), 0.06, kind), unchecked={"tasks left behind": "as above"})
+    client = Client(transactions.app(anyio.Event(), 0.06, kind))
     exchange = await client.get("/")
     assert exchange.complete
     assert transactions.ends == ["background", "sync commit", "commit"]

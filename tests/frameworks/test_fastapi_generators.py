@@ -159,7 +159,7 @@ async def test_a_busy_generator_endpoint_stops_when_its_client_disconnects(path:
     async def app(scope: Any, receive: Any, send: Any) -> None:  # Any: ASGI's own types
         number = count()
 
-        async def disconnect_at_the_tenth(message: Any) -> None:  # Any: as above
+        async def disconnect_at_the_tenth(message: Any) -> None:
             await send(message)
             if next(number) == 10:
                 disconnect.set()
@@ -309,7 +309,12 @@ async def test_the_generator_ends_even_if_send_never_returns(path: str, server: 
 @pytest.mark.parametrize("server", ["strict", *SERVERS])
 @pytest.mark.parametrize("path", PATHS)
 async def test_the_test_client_reports_no_fault_whenever_the_client_disconnects(path: str, server: str) -> None:
-    whens: list[Options] = [{"leave_after": 0}, {"leave_after_received": 0}, {"leave_after_received": 3}]
+    whens: list[Options] = [
+        {"leave_after": 0},
+        {"leave_after": 0.02},
+        {"leave_after_received": 0},
+        {"leave_after_received": 3},
+    ]
     for when in whens:
         generators = Generators(cancel_on_disconnect)
         exchange = await Client(generators.app, server=server).get(f"{path}?size=100", **when)
@@ -374,13 +379,13 @@ class SyncItems:
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:  # Any: a function of any result
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:  # Any: as above
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     return wrapper
 
 
-def plain(function: Callable[..., Any]) -> Callable[..., Any]:  # Any: as above
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 

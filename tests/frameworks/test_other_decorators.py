@@ -263,7 +263,7 @@ DOUBLES: dict[str, Any] = {  # Any: a double has the type of what it replaces, o
 
 
 @pytest.mark.parametrize("double", DOUBLES.values(), ids=list(DOUBLES))
-async def test_a_function_runs_unguarded_when_it_gets_a_double_of_a_request(double: Any) -> None:  # Any: as above
+async def test_a_function_runs_unguarded_when_it_gets_a_double_of_a_request(double: Any) -> None:
     @cancel_on_disconnect
     async def own(request: Request) -> str:
         return f"got {request is double}"
@@ -306,7 +306,7 @@ class Callee:
 
 def timed(function: Callable[..., Any]) -> Callable[..., Any]:  # Any: a function of any result
     @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:  # Any: as above
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
     return wrapper
@@ -321,7 +321,7 @@ def test_source_code_inspection_finds_the_endpoint(endpoint: Callable[..., objec
     for decorate in (cancel_on_disconnect, stack(timed, cancel_on_disconnect), stack(cancel_on_disconnect, timed)):
         decorated: Any = decorate(endpoint)  # type: ignore[arg-type]  # Any: as the endpoint
         assert inspect.getsourcelines(decorated) == inspect.getsourcelines(endpoint)
-        innermost: Any = inspect.unwrap(decorated)  # Any: as above
+        innermost: Any = inspect.unwrap(decorated)
         assert inspect.getsourcefile(innermost) == __file__
         assert innermost.__globals__ is globals()
         assert innermost.__qualname__ == endpoint.__qualname__
@@ -397,7 +397,7 @@ VIEWS: dict[str, tuple[Callable[[View], Any], str]] = {  # Any: whatever Route a
 @pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
 @pytest.mark.parametrize(("make", "place"), VIEWS.values(), ids=list(VIEWS))
 async def test_an_awaitable_that_a_sync_callable_returns_is_awaited_and_cancelled_once(
-    make: Callable[[View], Any],  # Any: as above
+    make: Callable[[View], Any],
     place: str,
 ) -> None:
     view = View()

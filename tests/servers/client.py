@@ -36,8 +36,8 @@ Events = dict[str, list[str]]
 class Live(Server):
     """A server with the live application."""
 
-    def __init__(self, name: str, log: Path, app: str = "tests.servers.application:app") -> None:
-        super().__init__(name, app, log, *OPTIONS.get(name, []))
+    def __init__(self, name: str, log: Path, app: str = "tests.servers.application:app", *options: str) -> None:
+        super().__init__(name, app, log, *OPTIONS.get(name, []), *options)
         # The server may close a kept-alive connection (gunicorn after 2 s) just as it is used again.
         limits = httpx.Limits(max_keepalive_connections=0)
         self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT, limits=limits, trust_env=False)

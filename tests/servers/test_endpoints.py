@@ -21,7 +21,7 @@ from tests.servers.client import APPS, TIMEOUT, Live, Visits, groups, response_o
 from tests.servers.start import Server
 
 STOPPED = ["Cancelled", "clean", "on_disconnect"]
-INVITE_UNASKED = ("hypercorn", "daphne")  # these send "100 Continue" before the application reads
+CONTINUE_AT_ONCE = ("hypercorn", "daphne")  # these send "100 Continue" before the application reads
 
 
 def test_an_endpoint_that_waits_stops_when_its_client_disconnects(live: Live) -> None:
@@ -83,11 +83,11 @@ def test_no_byte_of_a_slow_upload_is_lost(live: Live, is_chunked: bool) -> None:
 
 def test_an_upload_is_refused_without_asking_for_it(live: Live) -> None:
     visits = Visits(live, "/refuse", "Expect: 100-continue", "Content-Length: 5", method="POST")
-    invites = live.name.startswith(INVITE_UNASKED)
+    continues = live.name.startswith(CONTINUE_AT_ONCE)
     for connection in visits.connections.values():
         first = connection.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL)
-        assert first == (b"HTTP/1.1 100" if invites else b"HTTP/1.1 413")
-        connection.sendall(b"12345" * invites)
+        assert first == (b"HTTP/1.1 100" if continues else b"HTTP/1.1 413")
+        connection.sendall(b"12345" * continues)
         assert response_on(connection)[0] == 413
     visits.disconnect()
 

@@ -45,7 +45,7 @@ def test_the_servers_of_the_test_client_behave_the_same(name: str) -> None:
         "`receive()` after a complete response": "reported" if server.disconnects_after_response else "waits",
         "body not yet read when the client disconnects": "dropped" if server.drops_body else "kept",
         "`send()` after the disconnect": "OSError" if server.raises_in_send else "silent",
-        "`100 Continue`": "at once" if server.invites_body else "when read",
+        "`100 Continue`": "at once" if server.continues_at_once else "when read",
         "16 MiB that the endpoint doesn't read": "all" if server.takes_body_first else "in part",
         "`receive()` again, after the disconnect | plain": "reported again" if server.repeats_disconnect else "waits",
         "`receive()` cancelled, and called again | plain": "body lost" if server.loses_body_by_cancel else cancelled,

@@ -25,9 +25,14 @@ CLIENTS = 200
 # How each server reports a close with code 4001 and reason "enough", and a lost connection.
 CODES = {"uvicorn": "4001 enough", "hypercorn": "1006", "granian": "4001", "gunicorn": "4001", "daphne": "4001"}
 LOST = {"uvicorn-websockets": "1006", "uvicorn": "1005", "granian": "1005"}
+PINGS = {
+    "uvicorn-websockets-sansio": ["--ws-ping-interval", "1", "--ws-ping-timeout", "1"],
+    "daphne": ["--ping-interval", "1", "--ping-timeout", "1"],
+}
 # daphne buffers everything, so an endpoint that floods it never waits; until all of it is sent, or lost, its
 # send() raises an exception of its own. The oldest uvicorn logs an AssertionError if a client closes during a send().
 NOT_FLOODED = ("daphne", "uvicorn-websockets")
+UNREAD = b"\x81\x86\0\0\0\0unread"  # a text message as in RFC 6455, section 5.2, under a mask of zeros
 NOISE = ("UvicornDeprecationWarning", "warnings.warn(")
 
 
@@ -47,7 +52,7 @@ def of(server: Live, table: dict[str, str], otherwise: str) -> str:
 class Clients:
     """For each application, a client of the endpoint that will close, and two that will be killed."""
 
-    def __init__(self, server: Live, path: str) -> None:
+    def __init__(self, server: Live, path: str, *, closing: bool = True) -> None:
         self.server = server
         self.group = str(next(groups))
         self.closing: dict[str, ClientConnection] = {}
@@ -56,7 +61,7 @@ class Clients:
         for app in APPS:
             key = f"{app} close"
             url = f"ws://{server.address[0]}:{server.address[1]}/{app}{path}?key={self.group}.{key.replace(' ', '+')}"
-            if path != "/before":
+            if closing and path != "/before":
                 self.closing[key] = self._stack.enter_context(
                     connect(url, proxy=None, compression=None, close_timeout=1)
                 )
@@ -117,6 +122,8 @@ def test_an_endpoint_that_does_not_read_its_messages_stops_when_its_client_disco
     for websocket in clients.closing.values():
         for _ in range(100):
             websocket.send("unread")
+    for connection in clients.dying.values():
+        connection.sendall(UNREAD * 100)
     clients.disconnect()
     clients.have_seen("begun", *STOPPED)
 
@@ -217,9 +224,18 @@ def test_finished_websockets_leave_nothing_behind(server: Live) -> None:
     assert [seen for seen in events.values() if seen.count("on_disconnect") > 1] == []
 
 
-def test_the_disconnect_of_an_undecorated_endpoint_is_logged_with_a_traceback(tmp_path: Path) -> None:
-    """Uvicorn does so; a decorated endpoint adds nothing to the log except our record (see the fixture)."""
-    live = Live("uvicorn-websockets-sansio", tmp_path / "log", "tests.servers.application_websockets:app")
+@pytest.mark.parametrize("name", ["uvicorn-websockets-sansio", "daphne"])
+def test_an_endpoint_stops_when_its_client_no_longer_answers_pings(name: str, tmp_path: Path) -> None:
+    live = Live(name, tmp_path / "log", "tests.servers.application_websockets:app", *PINGS[name])
+    clients = Clients(live, "/wait", closing=False)
+    clients.have_seen("begun", *STOPPED)  # though no connection was closed
+    live.stop()
+
+
+@pytest.mark.parametrize("name", WEBSOCKET)
+def test_the_disconnect_of_an_undecorated_endpoint_is_logged_with_a_traceback(name: str, tmp_path: Path) -> None:
+    """A decorated endpoint adds nothing to the log except our record (see the fixture)."""
+    live = Live(name, tmp_path / "log", "tests.servers.application_websockets:app")
     url = f"ws://{live.address[0]}:{live.address[1]}/fastapi/undecorated?key=key"
     with connect(url, proxy=None, compression=None, close_timeout=1):
         pass

@@ -1,1 +1,1 @@
-"""Random requests and streams, in memory and in virtual time."""
+"""Random requests, streams and WebSockets, in memory and in virtual time."""

@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,6 +17,7 @@ import trio
 from anyio.lowlevel import checkpoint
 from starlette.types import Message
 
+from tests.shared.receiving import Receiving
 from tests.shared.virtual_time import BACKENDS, stall
 
 # All times are in milliseconds of virtual time, on a coarse grid, so that many things happen in the same instant.
@@ -61,16 +62,6 @@ class Trial(Protocol):
     """One random request; `unhandled` is where the event loop collects unhandled errors."""
 
     async def __call__(self, seed: int, unhandled: list[dict[str, Any]], *, native: bool) -> None: ...  # Any: asyncio's
-
-
-class Receiving:
-    """The awaitable that a receive() returns that isn't a coroutine function."""
-
-    def __init__(self, receive: Callable[[], Coroutine[Any, Any, Message]]) -> None:  # Any: as in create_task()
-        self._receive = receive
-
-    def __await__(self) -> Generator[Any, Any, Message]:  # Any: as above
-        return self._receive().__await__()
 
 
 class Server(Generic[TrafficT]):

@@ -289,7 +289,7 @@ class World:
         kind = StreamingResponse if self.plan.kind == "response" else ListeningResponse
         return kind(self.generator(request), background=BackgroundTask(self.after))
 
-    def items_endpoint(self) -> Any:  # Any: as above
+    def items_endpoint(self) -> Any:
         generator = self.decorate(self.generator)
 
         @functools.wraps(generator)  # so that FastAPI recognizes a generator

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,11 @@ from starlette.types import Message, Scope
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from cancelonleave import cancel_on_disconnect
+from tests.shared.receiving import Receiving
 from tests.shared.virtual_time import stall
-from tests.trials.common import GRID, LATE, STARTED, BrokenPromise, Receiving, compare, living_tasks, main, recorded
+from tests.trials.common import GRID, LATE, STARTED, BrokenPromise, compare, living_tasks, main, recorded
 
-READS = ("receive", "text", "json", "poll")
+READS = ("receive", "read", "json", "iterate", "poll")
 # What send() does after the disconnect: on uvicorn, on gunicorn, and on the other servers.
 SENDING = ("RuntimeError", "OSError", "drop")
 CODES = (1000, 1001, 1006, 4321)
@@ -37,6 +38,7 @@ class Plan:
     seed: int
     native: bool
     messages: list[tuple[int, str]]
+    binary: list[bool]  # which of them are bytes
     close: int | None
     code: int
     once: bool  # the server reports the disconnect once, otherwise again with another code
@@ -61,6 +63,7 @@ def draw_plan(seed: int, *, native: bool) -> Plan:
         seed=seed,
         native=native,
         messages=messages,
+        binary=[draw.random() < 0.5 for _ in messages],
         close=close,
         code=draw.choice(CODES),
         once=draw.random() < 0.5,
@@ -85,7 +88,9 @@ class World:
         self.began = anyio.current_time()
         self.faults: list[str] = []
         self.queue: list[tuple[float, Message]] = [(0, {"type": "websocket.connect"})]
-        self.queue += [(time, {"type": "websocket.receive", "text": text}) for time, text in plan.messages]
+        for (time, text), binary in zip(plan.messages, plan.binary, strict=True):
+            data = {"bytes": text.encode()} if binary else {"text": text}
+            self.queue.append((time, {"type": "websocket.receive", **data}))
         if plan.close is not None:
             self.queue.append((plan.close, {"type": "websocket.disconnect", "code": plan.code, "reason": "enough"}))
         self.receiving = self.reported = self.closed = False
@@ -216,19 +221,35 @@ class World:
         try:
             if action == "poll":
                 with anyio.move_on_after(time / 1000):
-                    self.read.append(await websocket.receive_text())
-            elif action == "receive":
-                message = await websocket.receive()
-                websocket._raise_on_disconnect(message)
-                self.read.append(message["text"])
+                    self.read.append(await self.next_message(websocket, "receive"))
             else:
-                read: Callable[[], Any] = getattr(websocket, f"receive_{action}")  # Any: of JSON
-                self.read.append(str(await read()))
+                self.read.append(await self.next_message(websocket, action))
         except WebSocketDisconnect:
             self.ends.append("read")
             raise
         finally:
             self.last_read = self.now
+
+    async def next_message(self, websocket: WebSocket, form: str) -> str:
+        """Read one message in one of the forms that Starlette has for its kind."""
+        binary = self.plan.binary[len(self.read)] if len(self.read) < len(self.plan.binary) else False
+        data: Any = None  # Any: of JSON
+        match form:
+            case "receive":
+                message = await websocket.receive()
+                websocket._raise_on_disconnect(message)
+                data = message.get("bytes") or message["text"]
+            case "json":
+                data = await websocket.receive_json("binary" if binary else "text")
+            case "read":
+                data = await (websocket.receive_bytes() if binary else websocket.receive_text())
+            case _:
+                messages: Any = websocket.iter_bytes() if binary else websocket.iter_text()  # Any: it can be closed
+                async with aclosing(messages):
+                    data = await anext(messages, None)
+                if data is None:  # they end at a disconnect
+                    raise WebSocketDisconnect(self.plan.code)
+        return data.decode() if isinstance(data, bytes) else str(data)
 
     async def helper(self, websocket: WebSocket, time: int) -> None:
         await self.sleep(time)

@@ -210,7 +210,7 @@ def interrupts_receive_before_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Reader, "stop", Reader.cancel)
 
 
-def reports_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def reports_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     async def cut(self: _stream.Stream) -> None:
         self.watch.is_logged = False
         await original(self)
@@ -231,7 +231,7 @@ def guards_no_send(monkeypatch: pytest.MonkeyPatch) -> None:
         takes_the_end_of_a_response_for_a_disconnect,
         lets_a_response_listen,
         interrupts_receive_before_the_body,
-        reports_each_piece,
+        reports_each_chunk,
         guards_no_send,
         cancels_twice,
         cancels_inside_shields,

@@ -14,7 +14,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 
@@ -62,6 +63,18 @@ def sync_generator(year: int) -> Iterator[int]:
 async def stream() -> StreamingResponse: ...
 
 
+@app.websocket("/prices")
+@cancel_on_disconnect
+async def prices(websocket: WebSocket, market: str = "all") -> None: ...
+
+
+def count_websocket(websocket: WebSocket) -> None: ...
+
+
+@cancel_on_disconnect(on_disconnect=count_websocket)
+async def helper(websocket: WebSocket) -> int: ...
+
+
 class Methods:
     @cancel_on_disconnect
     async def get(self, request: Request) -> Response: ...
@@ -82,7 +95,7 @@ class Methods:
 
 
 # Each keeps its type, including parameter names and defaults.
-async def use(request: Request) -> None:
+async def use(request: Request, websocket: WebSocket) -> None:
     assert_type(await bare(request, 2026), Response)
     assert_type(await bare(request, year=2026, q="all"), Response)
     assert_type(await called(2026), str)
@@ -92,6 +105,8 @@ async def use(request: Request) -> None:
     assert_type(sync_generator(2026), Iterator[int])
     assert_type(sync(2026), str)  # code that calls it directly must await it nevertheless
     assert_type(await stream(), StreamingResponse)
+    assert_type(await prices(websocket, market="tea"), None)
+    assert_type(await helper(websocket), int)
     assert_type(await Methods().get(request), Response)
     assert_type(await Methods.static(request), Response)
     assert_type(await Methods.of_class(request), Response)
@@ -102,7 +117,9 @@ async def use(request: Request) -> None:
     assert_type(await cancel_on_disconnect(called, on_disconnect=count)(year=2026), str)
 
 
-routes = Starlette(routes=[Route("/", bare), Route("/method", Methods().get)])
+routes = Starlette(
+    routes=[Route("/", bare), Route("/method", Methods().get), WebSocketRoute("/prices", prices)],
+)
 plain: Callable[[int], Awaitable[str]] = called
 
 
@@ -111,6 +128,7 @@ async def wrong(request: Request) -> None:
     await bare(request, "2026")  # type: ignore[arg-type]
     await bare(request, 2026, p="")  # type: ignore[call-arg]
     await Methods().get()  # type: ignore[call-arg]
+    await prices(request)  # type: ignore[arg-type]
     length: int = await called(2026)  # type: ignore[assignment]
     print(length)
 

@@ -41,12 +41,12 @@ class Server:
             elif message.get("id") == method:
                 return message["result"]
 
-    def receive(self) -> dict[str, Any]:  # Any: as above
+    def receive(self) -> dict[str, Any]:
         length = 0
         while header := self.stdout.readline().strip():
             name, value = header.split(b": ")
             length = int(value) if name == b"Content-Length" else length
-        message: dict[str, Any] = json.loads(self.stdout.read(length))  # Any: as above
+        message: dict[str, Any] = json.loads(self.stdout.read(length))
         return message
 
 

@@ -80,7 +80,7 @@ async def call(request: Request, function: Callable[[], Awaitable[Any]]) -> Any:
     """Call `function` as a decorated endpoint does."""
 
     @cancel_on_disconnect
-    async def endpoint(request: Request) -> Any:  # Any: as above
+    async def endpoint(request: Request) -> Any:
         return await function()
 
     return await endpoint(request)
@@ -99,14 +99,14 @@ class Bench:
     def seconds(self) -> float:
         return anyio.current_time() - self.began
 
-    async def call(self, function: Callable[[], Awaitable[Any]]) -> Any:  # Any: as above
+    async def call(self, function: Callable[[], Awaitable[Any]]) -> Any:
         return await call(self.request, function)
 
     async def disconnect(self) -> None:
         await anyio.sleep(DISCONNECT)
         self.server.gone.set()
 
-    async def run(self, function: Callable[[], Awaitable[Any]]) -> Any:  # Any: as above
+    async def run(self, function: Callable[[], Awaitable[Any]]) -> Any:
         """Call `function`, and disconnect the client once the watch has certainly begun."""
         with anyio.fail_after(60):
             async with anyio.create_task_group() as task_group:

@@ -450,7 +450,7 @@ REFUSED: list[tuple[Any, str, str]] = [  # Any: what the type checkers reject to
 
 
 @pytest.mark.parametrize(("endpoint", "fault", "way_out"), REFUSED)
-def test_a_wrong_use_is_refused_with_the_way_out(endpoint: Any, fault: str, way_out: str) -> None:  # Any: as above
+def test_a_wrong_use_is_refused_with_the_way_out(endpoint: Any, fault: str, way_out: str) -> None:
     for decorator in (cancel_on_disconnect, cancel_on_disconnect(on_disconnect=print)):
         with pytest.raises(TypeError) as raised:
             decorator(endpoint)

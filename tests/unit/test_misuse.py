@@ -51,7 +51,7 @@ APPLICATIONS: list[Any] = [  # Any: each mistake
     Mount("/", Application()),
     Middleware(Application()),
 ]
-MIDDLEWARE: list[Any] = [  # Any: as above
+MIDDLEWARE: list[Any] = [
     middleware_function,
     renamed,
     unannotated,
@@ -61,13 +61,13 @@ MIDDLEWARE: list[Any] = [  # Any: as above
 FAULTS = [
     *((mistake, "an ASGI application", "Decorate the endpoints in it") for mistake in APPLICATIONS),
     *((mistake, "an HTTP middleware", "Decorate the endpoint") for mistake in MIDDLEWARE),
-    ("/path", "not a function", "right below the route's"),
+    ("/path", "not a function", "right below the route decorator"),
     (None.__class__, "a class", "Decorate its methods"),
 ]
 
 
 @pytest.mark.parametrize(("mistake", "fault", "way_out"), FAULTS, ids=count())
-def test_applications_and_middleware_are_refused(mistake: Any, fault: str, way_out: str) -> None:  # Any: as above
+def test_applications_and_middleware_are_refused(mistake: Any, fault: str, way_out: str) -> None:
     for decorate in (cancel_on_disconnect, cancel_on_disconnect(on_disconnect=print)):
         with pytest.raises(TypeError, match=f"^@cancel_on_disconnect can't guard .*: it is {fault}.*{way_out}"):
             decorate(mistake)
@@ -101,7 +101,7 @@ BAD_HOOKS: list[Any] = ["hook", 3, takes_nothing, takes_more, takes_a_name, Appl
 
 
 @pytest.mark.parametrize("hook", BAD_HOOKS)
-def test_a_hook_that_cannot_be_called_with_the_request_is_refused(hook: Any) -> None:  # Any: as above
+def test_a_hook_that_cannot_be_called_with_the_request_is_refused(hook: Any) -> None:
     async def endpoint(request: Request) -> None: ...
 
     mistakes: list[Callable[[], object]] = [
@@ -109,7 +109,9 @@ def test_a_hook_that_cannot_be_called_with_the_request_is_refused(hook: Any) -> 
         lambda: cancel_on_disconnect(endpoint, on_disconnect=hook),
     ]
     for mistake in mistakes:
-        with pytest.raises(TypeError, match=r"can't call on_disconnect=.*takes the Request as its one argument"):
+        with pytest.raises(
+            TypeError, match=r"can't call on_disconnect=.*takes the Request \(or WebSocket\) as its only argument"
+        ):
             mistake()
 
 

@@ -253,13 +253,13 @@ async def serve(app: ASGIApp, version: str) -> None:
     await app(scope_of(version), request_of(version).receive, send)
 
 
-async def cancel(task: asyncio.Task[None], own: set[asyncio.Task[Any]] | None = None) -> None:  # Any: as above
+async def cancel(task: asyncio.Task[None], own: set[asyncio.Task[Any]] | None = None) -> None:
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
 
 
-async def cancel_all(task: asyncio.Task[None], own: set[asyncio.Task[Any]]) -> None:  # Any: as above
+async def cancel_all(task: asyncio.Task[None], own: set[asyncio.Task[Any]]) -> None:
     """Cancel all tasks except the test's own, as `asyncio.run()` does when it ends."""
     for each in asyncio.all_tasks() - own:
         each.cancel()
@@ -276,7 +276,7 @@ async def test_a_generator_cancelled_from_outside_can_finish_its_cleanup(
     kind: Kind,
     chunks: int,
     version: str,
-    way: Callable[[asyncio.Task[None], set[asyncio.Task[Any]]], Awaitable[None]],  # Any: as above
+    way: Callable[[asyncio.Task[None], set[asyncio.Task[Any]]], Awaitable[None]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "cancelonleave")

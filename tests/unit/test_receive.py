@@ -18,8 +18,8 @@ from cancelonleave._receive import PAUSE, READ_AHEAD, Reader
 from cancelonleave._trio import _loop_of
 from cancelonleave._watch import Watch, watch_of
 from tests.shared.asking import on_trio
+from tests.shared.receiving import Receiving
 from tests.shared.virtual_time import anyio_backend as anyio_backend
-from tests.trials.common import Receiving
 
 pytestmark = pytest.mark.anyio
 
@@ -82,7 +82,7 @@ def current_loop() -> Loop:
 def make(
     kind: Callable[[Receive, dict[str, Any]], ReaderT],
     receive: Receive,
-    scope: dict[str, Any] = SCOPE,  # Any: as above
+    scope: dict[str, Any] = SCOPE,
 ) -> ReaderT:
     reader = kind(receive, scope)
     reader.loop = current_loop()

@@ -172,7 +172,7 @@ async def test_the_route_is_the_whole_template_with_router_and_mount_prefixes(
 
 
 async def test_without_a_router_the_route_is_unknown(records: list[logging.LogRecord]) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:  # Any: as above
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         await waits(Request(scope, receive))
 
     exchange = await Client(app).get("/", leave_after=0.1)
@@ -185,7 +185,7 @@ async def test_the_record_names_the_endpoint_if_a_middleware_has_changed_the_pat
 ) -> None:
     outer = app_of(Route("/", waits))
 
-    async def rewriting(scope: Any, receive: Any, send: Any) -> None:  # Any: as above
+    async def rewriting(scope: Any, receive: Any, send: Any) -> None:
         await Route("/old", waits)({**scope, "router": outer, "path": "/old"}, receive, send)
 
     await Client(rewriting).get("/", leave_after=0.1)

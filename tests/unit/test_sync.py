@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from starlette.websockets import WebSocket
 
 from cancelonleave import ClientClosedRequest, cancel_on_disconnect
 from cancelonleave._stream import in_threads
@@ -31,6 +32,7 @@ from cancelonleave.testing import SERVERS, Client
 from tests.conftest import BACKENDS
 from tests.shared.asking import LONGER_THAN_GRACE, ask
 from tests.shared.readme_code import module
+from tests.shared.websocket_in_memory import Socket, connected
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +115,30 @@ def fastapi_partial(loop: Loop) -> ASGIApp:
 
 
 SITES = (starlette_function, starlette_class, fastapi_function, fastapi_dependency, fastapi_partial)
+
+
+@pytest.mark.parametrize("where", ["helper", "dependency"])
+async def test_a_loop_that_works_for_a_websocket_stops_when_its_client_disconnects(where: str) -> None:
+    app, loop = FastAPI(), Loop()
+
+    @cancel_on_disconnect
+    def work(websocket: WebSocket) -> str:
+        return loop()
+
+    @app.websocket("/helper")
+    async def of_helper(websocket: WebSocket) -> None:
+        await websocket.accept()
+        decorated: Any = work  # Any: one that is called directly must be awaited, though its type is unchanged
+        await decorated(websocket)
+
+    @app.websocket("/dependency", dependencies=[Depends(work)])
+    async def of_dependency(websocket: WebSocket) -> None: ...
+
+    async with connected(app, Socket(f"/{where}")) as socket:
+        await loop.begun.wait()
+        socket.close(1001)
+    assert loop.events == [anyio.get_cancelled_exc_class().__name__, "cleaned up"]
+    assert socket.error is None
 
 
 @pytest.mark.parametrize("server", ["strict", *SERVERS])
@@ -260,7 +286,7 @@ async def test_without_a_request_a_function_just_runs_in_a_thread() -> None:
     def report(year: int) -> str:
         return f"{year} {threading.current_thread() is threading.main_thread()}"
 
-    decorated: Any = cancel_on_disconnect(report)  # Any: as above
+    decorated: Any = cancel_on_disconnect(report)
     assert await decorated(2024) == "2024 False"
 
 

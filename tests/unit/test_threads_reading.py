@@ -312,7 +312,7 @@ async def test_a_message_that_arrives_as_a_thread_gives_up_is_kept_for_the_next(
 
 
 @on_asyncio
-async def test_an_endpoint_that_reads_the_disconnect_which_a_thread_gave_up_is_not_cancelled_on_top() -> None:
+async def test_an_endpoint_that_reads_the_disconnect_which_a_thread_gave_up_is_not_cancelled_as_well() -> None:
     read: list[Message] = []
 
     class Server:
@@ -333,7 +333,7 @@ async def test_an_endpoint_that_reads_the_disconnect_which_a_thread_gave_up_is_n
 
 
 @on_asyncio
-async def test_what_receive_raises_for_a_thread_that_has_given_up_is_raised_for_nobody() -> None:
+async def test_what_receive_raises_for_a_thread_that_has_given_up_is_dropped() -> None:
     class Server:
         async def receive(self) -> Message:
             never: asyncio.Future[Message] = asyncio.get_running_loop().create_future()

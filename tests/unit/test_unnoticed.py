@@ -403,11 +403,11 @@ class BegunElsewhere(Generator[Any, Any, None]):  # Any: what an event loop send
     def __await__(self) -> Generator[Any, Any, None]:
         return self
 
-    def send(self, value: Any) -> Any:  # Any: as above
+    def send(self, value: Any) -> Any:
         run, self.run = self.run, call
         return run(self.coroutine.send, value)
 
-    def throw(self, *error: Any) -> Any:  # Any: as above
+    def throw(self, *error: Any) -> Any:
         return self.coroutine.throw(*error)
 
 

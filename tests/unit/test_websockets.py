@@ -26,10 +26,10 @@ from cancelonleave._watch import Fate
 from cancelonleave._websocket import WebSocketWatch
 from cancelonleave.testing import Client
 from tests.shared.asking import on_trio
+from tests.shared.receiving import Receiving
 from tests.shared.virtual_time import anyio_backend as anyio_backend
 from tests.shared.virtual_time import stall
-from tests.trials.common import Receiving
-from tests.unit.websocket_in_memory import Socket, connected
+from tests.shared.websocket_in_memory import Socket, connected
 
 pytestmark = pytest.mark.anyio
 
