@@ -14,8 +14,9 @@ import tempfile
 from itertools import product
 from pathlib import Path
 
-from benchmarks import charts, report
+from benchmarks import report
 from benchmarks.overhead import BACKENDS, CASES, block, build
+from benchmarks.shared import charts
 from benchmarks.shared.implementations import ARTICLE, BARE, FASTAPI_DISCONNECT, OURS, implementations
 
 WARM_UP = 100  # requests

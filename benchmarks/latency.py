@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from benchmarks import charts, report
+from benchmarks import report
+from benchmarks.shared import charts
 from benchmarks.shared.implementations import BARE, OURS, Guard, application, disconnected, implementations
 from benchmarks.shared.servers import SERVERS, TIMEOUT, Server, serve
 

@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from benchmarks import charts, report
+from benchmarks import report
+from benchmarks.shared import charts
 from benchmarks.shared.database import Pool, database, open_pool
 from benchmarks.shared.implementations import implementations
 from benchmarks.shared.servers import Server, serve
@@ -123,11 +124,11 @@ def main() -> None:
     columns = [f"{number} retrying" for number in RETRYING]
     tables = [
         report.table(title, columns, {name: [f"{each:.1f}" for each in row.values()] for name, row in numbers.items()})
-        for title, numbers in {"useful answers a second": useful, "seconds that the others wait, p99": worst}.items()
+        for title, numbers in {"useful responses a second": useful, "seconds that the others wait, p99": worst}.items()
     ]
-    charts.lines("savings", "Useful answers a second", "clients that give up and retry", useful)
+    charts.lines("savings", "Useful responses a second", "clients that give up and retry", useful)
     charts.lines("savings-p99", "Seconds that the other clients wait, p99", "clients that give up and retry", worst)
-    pictures = {"savings": "Useful answers a second", "savings-p99": "Seconds that the other clients wait, p99"}
+    pictures = {"savings": "Useful responses a second", "savings-p99": "Seconds that the other clients wait, p99"}
     report.save("savings", tables, outcomes, pictures)
 
 

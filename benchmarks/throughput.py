@@ -14,7 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from benchmarks import charts, report
+from benchmarks import report
+from benchmarks.shared import charts
 from benchmarks.shared.implementations import BARE, FRAMEWORKS, OURS, Endpoint, application, implementations
 from benchmarks.shared.servers import Server, serve
 

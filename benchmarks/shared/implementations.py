@@ -42,7 +42,7 @@ def article(endpoint: Endpoint) -> Endpoint:
 
     @wraps(endpoint)
     async def guarded(request: Request, **others: Any) -> Any:  # Any: the endpoint's own
-        response: Any = Response(status_code=499)  # Any: as above
+        response: Any = Response(status_code=499)
 
         async def respond() -> None:
             nonlocal response
