@@ -12,12 +12,12 @@ Four nouns:
 - The *reader* (`_receive.Reader`), of which the watch is one, is the only one to call the server's receive().
 - A *stream* (`_stream.Stream`) is what goes on when the endpoint has returned: a response's body, a generator's items.
 
-What this does to objects of others: it replaces `request._receive` (`_watch`), `response.__class__` (`_response`),
-`websocket._receive` and `websocket._send`, for which it adds a handler to `scope["starlette.exception_handlers"]`
-(`_websocket`), `scope["asgi"]` of generator endpoints and what is in FastAPI's exit stack (`_fastapi`), and adds
-`scope["cancelonleave"]` for hooks (`_endpoint`). It looks at `Request._is_disconnected` (`_watch`), at
-`Task._fut_waiter` (`_cancel`), at anyio's record of the cancel scopes that a task is in (`_anyio`), and at the routes
-that FastAPI has included (`_route`).
+What this does to other libraries' objects: it replaces `request._receive` (`_watch`), `response.__class__`
+(`_response`), `websocket._receive` and `websocket._send`, for which it adds a handler to
+`scope["starlette.exception_handlers"]` (`_websocket`), `scope["asgi"]` of generator endpoints and what is in FastAPI's
+exit stack (`_fastapi`), and adds `scope["cancelonleave"]` for hooks (`_endpoint`). It looks at
+`Request._is_disconnected` (`_watch`), at `Task._fut_waiter` (`_cancel`), at anyio's record of the cancel scopes that a
+task is in (`_anyio`), and at the routes that FastAPI has included (`_route`).
 """
 
 from ._decorator import cancel_on_disconnect as cancel_on_disconnect

@@ -45,7 +45,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None, decorator: Decorator = cancel_on_disconnect) -> int:
-    """Call a plain and a decorated endpoint, and disconnect. Exits with 0 if the decorated one stops and rolls back."""
+    """Call a plain and a decorated endpoint, and disconnect. Exit with 0 if the decorated one stops and rolls back."""
     argparse.ArgumentParser(prog="python -m cancelonleave", description=main.__doc__).parse_args(arguments)
     try:
         for name in ("fastapi", "httpx", "uvicorn"):

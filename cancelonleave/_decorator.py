@@ -36,12 +36,12 @@ def cancel_on_disconnect(
 ) -> EndpointT | Callable[[EndpointT], EndpointT]:
     """Cancel an endpoint when its client disconnects.
 
-    Put it right below the route's decorator, on endpoints that are slow or expensive, or on any function that takes a
-    `starlette.requests.Request` or a `starlette.websockets.WebSocket`. Leave it off work that must finish although
-    nobody waits for it, and off background tasks: most servers report a disconnect after every response. Other
-    decorators belong below it. One above it gets the hidden Request (a cache adds it to its key, a tracer exports its
-    headers), the exception (a retry runs the endpoint again), and a coroutine, even from a sync endpoint. (dishka's
-    `@inject` and Pydantic's `validate_call` may stand above it.)
+    Put it right below the route decorator, on endpoints that are slow or expensive, or on any function that takes a
+    `starlette.requests.Request` or a `starlette.websockets.WebSocket`. Don't put it on work that must finish even
+    if nobody waits for the result, or on background tasks: most servers report a disconnect after every response. Other
+    decorators belong below it. A decorator above it sees the hidden Request (a cache would add it to its key, a tracer
+    would export its headers), the exception (a retry would run the endpoint again), and a coroutine, even for a sync
+    endpoint. (dishka's `@inject` and Pydantic's `validate_call` may stand above it.)
 
     When the client disconnects, the endpoint gets one cancellation where it awaits. Its `except` and `finally` blocks
     run to their end and may await. A section inside `anyio.CancelScope(shield=True)` is not interrupted: the
@@ -64,26 +64,27 @@ def cancel_on_disconnect(
     its end, and its result is delivered. A call that still waits for a free thread is dropped at once. A thread that an
     async endpoint starts with `run_in_threadpool()` or `anyio.to_thread.run_sync()` isn't told on asyncio: the endpoint
     is cancelled when the thread ends. With `asyncio.to_thread()` and `run_in_executor()` the endpoint ends at once, and
-    its thread goes on with whatever it uses.
+    its thread keeps running and using its resources.
 
     Child tasks: asyncio itself cancels the children of `gather()` and `TaskGroup`, and on Python 3.11 what `wait_for()`
-    awaits, also inside their shields; a shield around the `gather()` holds. Task groups of anyio cancel their children
-    again and again, so shield cleanup there. If a child learns of the disconnect by reading the body, the tasks that
+    awaits, even inside their shields. A shield around the whole `gather()` holds. anyio's task groups keep cancelling
+    their children, so shield cleanup there. If a child learns of the disconnect by reading the body, the tasks that
     wait for it have a second to end on their own before they are cancelled. A `TaskGroup` whose decorated helpers
     are stopped raises an `ExceptionGroup`, which is a 500 unless the endpoint is decorated too. Before Python 3.13, a
     `TaskGroup` whose child has failed leaves its task marked as cancelled (python/cpython#116720), so the rest of the
     endpoint isn't stopped.
 
-    Middleware: One that answers in the endpoint's place, such as a `BaseHTTPMiddleware` that sends 504 after a timeout,
-    looks like a disconnect to the endpoint.
+    Middleware: A middleware that responds in the endpoint's place, such as a `BaseHTTPMiddleware` that sends 504 after
+    a timeout, looks like a disconnect to the endpoint.
 
     Trio: Cancellation is level-triggered, as always on trio: shield cleanup that awaits. A generator endpoint stops at
     its next item and must not hold a task group open across a `yield`. Responses other than `StreamingResponse` end in
     their own way.
 
-    WebSockets: A `WebSocketDisconnect` is raised, with the code and the reason of the client's close.
-    Messages that nobody reads are kept in order, up to 64 KiB. Beyond that the endpoint must read, or send, to learn of
-    the disconnect. Closing the WebSocket, or returning, isn't a disconnect.
+    WebSockets: A `WebSocketDisconnect` is raised, with the code and the reason of the client's close. Messages that
+    nobody reads are kept in order, up to 64 KiB, for which each counts 256 bytes more than its text: some 250 short
+    ones. Beyond that the endpoint must read, or send, to learn of the disconnect. Closing the WebSocket, or returning,
+    isn't a disconnect.
 
     Args:
         endpoint: The function. If it has no parameter for the Request, it gets a hidden one, which FastAPI fills.
@@ -94,8 +95,8 @@ def cancel_on_disconnect(
 
     Raises:
         TypeError: If the decorator can't work on this object: a class, an ASGI application, a router, an HTTP
-            middleware; or if `on_disconnect` can't be called with one argument. Also when a generator is called that
-            isn't its route's endpoint, such as a dependency with `yield`.
+            middleware; or if `on_disconnect` can't be called with one argument. Also raised when a generator is
+            called that isn't its route's endpoint, such as a dependency with `yield`.
     """
     if on_disconnect is not None:
         _refuse_hook_that_cannot_be_called(on_disconnect)
@@ -132,7 +133,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
 
 def _guard_function(
     endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None, *, in_thread: bool = False
-) -> Any:  # Any: as above
+) -> Any:
     call: Any = functools.partial(run_in_threadpool, endpoint) if in_thread else endpoint  # Any: the endpoint's type
 
     @functools.wraps(endpoint)
@@ -152,7 +153,7 @@ def _guard_function(
             except BaseException as error:
                 await report(error, watch, request, on_disconnect)
                 raise
-        if in_thread and inspect.isawaitable(result):  # as of a lambda, and not to be cancelled by the thread's scope
+        if in_thread and inspect.isawaitable(result):  # if it is a lambda; the thread's scope must not cancel it
             result = await _guard(_wait_for, on_disconnect)(request, result)
         return result
 
@@ -193,23 +194,23 @@ def _refuse_what_cannot_work(endpoint: Any) -> None:  # Any: any mistake
         raise TypeError(f"@cancel_on_disconnect can't guard {_name(endpoint)}: it is {fault}.")
 
 
-def _fault_of(endpoint: Any) -> str | None:  # Any: as above
+def _fault_of(endpoint: Any) -> str | None:
     from starlette.middleware.base import RequestResponseEndpoint  # here, so that to import us loads nothing else
 
     if inspect.isclass(endpoint):
         return "a class, which has no single call to cancel. Decorate its methods"
     if not callable(endpoint):
-        return "not a function. Put the decorator right below the route's; pass a hook as `on_disconnect=`"
+        return "not a function. Put the decorator right below the route decorator; pass a hook as `on_disconnect=`"
     parameters = resolved_signature(endpoint).parameters.values()
     names, annotations = [p.name for p in parameters], [p.annotation for p in parameters]
     if names[-3:] == ["scope", "receive", "send"] or Receive in annotations:
         return "an ASGI application, which gets no Request. Decorate the endpoints in it"
     if "call_next" in names or RequestResponseEndpoint in annotations:
-        return "an HTTP middleware, and cancelling call_next() would cut the endpoint's cleanup. Decorate the endpoint"
+        return "an HTTP middleware, and cancelling call_next() would cut short what it cleans up. Decorate the endpoint"
     return None
 
 
-def _refuse_hook_that_cannot_be_called(on_disconnect: Any) -> None:  # Any: as above
+def _refuse_hook_that_cannot_be_called(on_disconnect: Any) -> None:
     try:
         resolved_signature(on_disconnect).bind(None)
     except ValueError:  # written in C, and doesn't say what it takes
@@ -217,9 +218,9 @@ def _refuse_hook_that_cannot_be_called(on_disconnect: Any) -> None:  # Any: as a
     except TypeError as error:
         raise TypeError(
             f"@cancel_on_disconnect can't call on_disconnect={_name(on_disconnect)}: {error}. "
-            "Give it a function that takes the Request as its one argument."
+            "Give it a function that takes the Request (or WebSocket) as its only argument."
         ) from None
 
 
-def _name(endpoint: Any) -> str:  # Any: as above
+def _name(endpoint: Any) -> str:
     return f"{endpoint.__module__}.{endpoint.__qualname__}" if hasattr(endpoint, "__qualname__") else repr(endpoint)

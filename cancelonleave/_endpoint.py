@@ -108,7 +108,7 @@ def _facts(watch: Watch, scope: Scope) -> dict[str, Any]:  # Any: whatever a mid
     return {"method": scope.get("method", scope["type"].upper()), "route": route_template(scope), "seconds": seconds}
 
 
-def _write(level: int, text: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:  # Any: as above
+def _write(level: int, text: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
     """Write a record; nothing that logging raises takes the place of the disconnect."""
     text = f"%(method)s %(route)s: {text}"
     with suppress(Exception):

@@ -25,7 +25,7 @@ def guard_items(
     request.scope["asgi"] = {**request.scope.get("asgi", {}), "spec_version": "2.4"}
     stream = GeneratorStream(watch, request)
     stream.hooks.append(on_disconnect)
-    items: Items[Any]  # Any: as above
+    items: Items[Any]
     if isinstance(source, Generator):
         generator = cast("Generator[Any]", source)  # isinstance() can't tell of what
         items = Items(stream, in_threads(generator), in_thread=True)
@@ -44,30 +44,31 @@ class GeneratorStream(Stream):
     another task, unless it holds a cancel scope, which only its own task may exit.
     """
 
-    items: ref[Items[Any]]  # Any: as above
+    items: ref[Items[Any]]
 
     def is_due(self) -> bool:
         items = self.items()
         return items is not None and items.state is State.WAITS and not items.holds_scope
 
     def cancel(self) -> list[float]:
-        items = cast("Items[Any]", self.items())  # it is there, or this would not be due; Any: as above
+        items = cast("Items[Any]", self.items())  # it is there, or this would not be due
         self.watch.loop.start_task(items.aclose(), None)
         return super().cancel()
 
 
-def tell_dependencies(stream: Stream, items: Items[Any] | None = None) -> None:  # Any: as above
+def tell_dependencies(stream: Stream, items: Items[Any] | None = None) -> None:
     """Have what FastAPI exits after the response see `ClientClosedRequest`, if the stream is cut.
 
-    To raise it won't do: once the response has started, both frameworks turn it into a RuntimeError, which the server
-    logs. The stack of these dependencies is FastAPI's own (from 0.118 on); without it, they see nothing of the cut.
+    Raising it would not help: once the response has started, both frameworks turn it into a RuntimeError, which the
+    server logs. The stack of these dependencies is FastAPI's own (from 0.118 on); without it, they see nothing of the
+    cut.
     """
     stack: AsyncExitStack | None = stream.request.scope.get("fastapi_inner_astack")
     if stack is None:
         return
     dependencies = stack.pop_all()
 
-    async def leave(
+    async def roll_back(
         kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         if items is not None:
@@ -78,4 +79,4 @@ def tell_dependencies(stream: Stream, items: Items[Any] | None = None) -> None: 
             await dependencies.__aexit__(ClientClosedRequest, ClientClosedRequest(), None)
         return False
 
-    stack.push_async_exit(leave)
+    stack.push_async_exit(roll_back)

@@ -17,7 +17,7 @@ from ._loop import Loop
 
 READ_AHEAD = 64 * 1024  # bytes: unread body kept at most, give or take the last message
 MESSAGE_SIZE = 256  # bytes: what a message takes beside its body, so that many small ones don't pile up either
-PAUSE = 0.05  # seconds: before asking again a receive() that has nothing to say and says so at once (pyvoy 1.3)
+PAUSE = 0.05  # seconds: before asking again a receive() that repeats the end of the body at once (pyvoy 1.3)
 TURNS = 4  # of the event loop, after which a receive() that has begun has said what it knows already
 
 
@@ -107,9 +107,9 @@ class Reader:
                 self.stop()
 
     def give_back(self, message: Message) -> None:
-        """Keep a message for who asks next, since the one who asked for it has given up."""
+        """Keep a message for whoever asks next, since the one who asked for it has given up."""
         if message is self.disconnect:
-            return  # it is remembered already, and who asks next learns of it
+            return  # it is remembered already, and whoever asks next learns of it
         self._kept = (message, *self._kept)
         self._size += self.size_of(message)
         self.change()
@@ -214,7 +214,7 @@ class Reader:
         """
         pause = 0.0
         if isinstance(outcome, BaseException):
-            self._kept += (outcome,)  # as 413 of max_body_size: for an endpoint that reads and no other
+            self._kept += (outcome,)  # such as a 413 (max_body_size): it is for an endpoint that reads
         elif outcome is not None:
             pause = self.keep_message(outcome)
         if self._changed is not None:
@@ -222,15 +222,15 @@ class Reader:
         is_wanted = self._is_wanted
         if is_wanted and outcome is not None:
             return pause
-        is_wanted = is_wanted and self._cancel_task is None  # else others than we have cancelled it, as all tasks
+        was_cancelled_here = self._cancel_task is None
         self._is_reading = False
         self._cancel_task = None
-        if is_wanted:
+        if is_wanted and was_cancelled_here:  # else all tasks are being cancelled, and a new one would run on
             self._start_reading()
         return None
 
     def keep_message(self, message: Message) -> float:
-        """Keep it for who asks next; return the seconds after which receive() may have more to say."""
+        """Keep it for whoever asks next; return the seconds after which receive() may have more to say."""
         is_body = message["type"] == "http.request"
         if is_body and self._is_body_complete:
             return PAUSE

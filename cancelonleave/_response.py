@@ -97,7 +97,7 @@ class Body(Stream):
         background = self.background if self.progress is Progress.NOTHING else response.background
         await self._end(send, background if is_plain else None)
 
-    async def _run(self, response: Any, scope: Scope, send: Send, *, is_plain: bool) -> None:  # Any: as above
+    async def _run(self, response: Any, scope: Scope, send: Send, *, is_plain: bool) -> None:
         try:
             if is_plain:  # without its own listener, which would run beside ours and cancel by level
                 refuse_if_disconnected(self.watch)

@@ -30,7 +30,7 @@ def _template(routes: Iterable[Any], scope: Scope) -> str:  # Any: routes of all
     return ""
 
 
-def _flat(routes: Iterable[Any]) -> Iterable[Any]:  # Any: as above
+def _flat(routes: Iterable[Any]) -> Iterable[Any]:
     """Put in the place of a router that FastAPI (0.137 and newer) has included, its routes with their whole paths."""
     for route in routes:
         contexts = getattr(route, "effective_route_contexts", None)

@@ -35,7 +35,7 @@ class Fate(Enum):
     """What is to become of a call when the client disconnects."""
 
     RUNS = "runs"  # it is to be cancelled
-    KNOWS = "knows"  # its task has read of the disconnect: it isn't cancelled on top
+    KNOWS = "knows"  # its task has read of the disconnect: it isn't cancelled as well
     CANCELLED = "cancelled"
 
 
@@ -137,7 +137,7 @@ class Watch(Reader):
             self.loop.call_later(0, self._look)
 
     def learn(self) -> None:
-        """Note that the code that runs now has learned of the disconnect, so its task isn't cancelled on top."""
+        """Note that the code that runs now has learned of the disconnect, so its task isn't cancelled as well."""
         if self._learn is None:
             self._learn = LEARN
         host = self.loop.current_task()
@@ -152,7 +152,7 @@ class Watch(Reader):
         if self._learn:
             delays, self._learn = [self._learn], 0.0
         else:
-            # Calls in other tasks are left for the next look: by then, to cancel the first may have reached them.
+            # Calls in other tasks are left for the next look: by then, cancelling the first may have reached them.
             now = [call for call in due if call is due[0] or not (call.cancels_host and self._is_first_look)]
             delays = [delay for call in now for delay in call.cancel()] + [RETRY] * (len(now) < len(due))
             self._is_first_look = self._is_first_look and 0.0 in delays

@@ -133,7 +133,7 @@ def watch_of_websocket(websocket: WebSocket) -> WebSocketWatch:
     watch = WebSocketWatch(receive, send, websocket.scope)
     is_gone = websocket.client_state is WebSocketState.DISCONNECTED
     if not is_gone and websocket.application_state in (WebSocketState.DISCONNECTED, WebSocketState.RESPONSE):
-        watch.close()  # the application has ended it: nobody will disconnect any more
+        watch.close()  # the application has ended it, so no disconnect will follow
         return watch
     # The endpoint, and whoever reads this WebSocket after it, must get what was read ahead, in the states of this one.
     websocket._receive = watch  # pyright: ignore[reportPrivateUsage]  # see above
