@@ -228,7 +228,8 @@ def test_finished_websockets_leave_nothing_behind(server: Live) -> None:
 def test_an_endpoint_stops_when_its_client_no_longer_answers_pings(name: str, tmp_path: Path) -> None:
     live = Live(name, tmp_path / "log", "tests.servers.application_websockets:app", *PINGS[name])
     clients = Clients(live, "/wait", closing=False)
-    clients.have_seen("begun", *STOPPED)  # though no connection was closed
+    clients.have_seen("begun", *STOPPED)  # although nobody has closed a connection
+    clients.disconnect()
     live.stop()
 
 

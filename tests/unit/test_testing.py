@@ -579,7 +579,7 @@ async def test_message_does_not_blame_a_send_that_was_cancelled() -> None:
             await send(CHUNK)
         await anyio.sleep_forever()
 
-    with failing("allow that: Client"):
+    with failing("raise the limit: Client"):
         await ask(app, server="gunicorn-uvloop", leave_after_received=1)
 
 
