@@ -134,7 +134,7 @@ def _guard(endpoint: Any, on_disconnect: OnDisconnect | None) -> Any:  # Any: th
 def _guard_function(
     endpoint: Any, parameter: RequestParameter, on_disconnect: OnDisconnect | None, *, in_thread: bool = False
 ) -> Any:
-    call: Any = functools.partial(run_in_threadpool, endpoint) if in_thread else endpoint  # Any: the endpoint's type
+    call: Any = _in_thread(endpoint) if in_thread else endpoint  # Any: the endpoint's type
 
     @functools.wraps(endpoint)
     async def guarded(*args: Any, **kwargs: Any) -> Any:  # Any: the endpoint's own
@@ -158,6 +158,14 @@ def _guard_function(
         return result
 
     return guarded
+
+
+def _in_thread(endpoint: Any) -> Any:
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        # In a list, since trio refuses a coroutine, as a wrapper returns that only calls an async endpoint.
+        return (await run_in_threadpool(lambda: [endpoint(*args, **kwargs)]))[0]
+
+    return call
 
 
 def _watch_of(request: Request | WebSocket) -> Watch:

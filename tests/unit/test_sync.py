@@ -22,7 +22,7 @@ from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp
 from starlette.websockets import WebSocket
 
@@ -342,8 +342,7 @@ async def test_a_generator_is_not_closed_while_its_abandoned_thread_still_runs()
     generator.close()
 
 
-@pytest.mark.parametrize("anyio_backend", [BACKENDS["asyncio"], BACKENDS["uvloop"]], ids=["asyncio", "uvloop"])
-async def test_an_awaitable_that_a_function_returns_is_awaited() -> None:  # trio doesn't accept awaitables from threads
+async def test_an_awaitable_that_a_function_returns_is_awaited() -> None:
     async def respond() -> Response:
         await anyio.lowlevel.checkpoint()
         return PlainTextResponse("result")
@@ -353,6 +352,27 @@ async def test_an_awaitable_that_a_function_returns_is_awaited() -> None:  # tri
 
     exchange = await ask(Starlette(routes=[Route("/", cancel_on_disconnect(endpoint))]))
     assert exchange.text == "result"
+
+
+async def test_a_websocket_endpoint_in_a_wrapper_that_is_not_async_stops_when_its_client_disconnects() -> None:
+    events: list[str] = []
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            events.append("stopped")
+
+    def wrapper(websocket: WebSocket) -> Any:  # Any: stands for one without annotations
+        return endpoint(websocket)
+
+    app = Starlette(routes=[WebSocketRoute("/", cancel_on_disconnect(wrapper))])
+    async with connected(app) as socket:
+        await anyio.sleep(LONGER_THAN_GRACE)
+        socket.close(1001)
+    assert events == ["stopped"]
+    assert socket.error is None
 
 
 async def test_the_sync_example_of_the_readme_stops_when_its_client_disconnects() -> None:
