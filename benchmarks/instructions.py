@@ -1,4 +1,4 @@
-"""How many machine instructions are added to a request: unlike microseconds, they are the same in each run."""
+"""How many machine instructions are added to a request: they vary less from run to run than microseconds."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def measure(names: list[str]) -> dict[str, dict[str, float]]:
         environment = {**os.environ, "PYTHONHASHSEED": "0"}
         ids = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.split()
         counts = [counted((Path(directory) / each).read_text()) for each in ids]
-    # A process counts what its parent did before the fork, too: the difference excludes that.
+    # A process also counts what its parent did before the fork: the difference leaves what it did between two forks.
     pairs = zip(counts[::2], counts[1::2], strict=True)
     thousands = iter([(many - few) / (MANY - FEW) / 1000 for few, many in pairs])
     return {name: {case: next(thousands) for case in COUNTED} for name in names}
@@ -76,7 +76,7 @@ def main() -> None:
     """Count for every implementation; `valgrind` must be installed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(implementations()), help="some of: %(default)s")
-    parser.add_argument("--run", action="store_true", help="run what is to be counted, as valgrind does it")
+    parser.add_argument("--run", action="store_true", help="run the requests that are counted; for valgrind")
     options = parser.parse_args()
     if options.run:
         run_each(options.only)

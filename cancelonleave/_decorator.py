@@ -82,8 +82,8 @@ def cancel_on_disconnect(
     their own way.
 
     WebSockets: A `WebSocketDisconnect` is raised, with the code and the reason of the client's close. Messages that
-    nobody reads are kept in order, up to 64 KiB, for which each counts 256 bytes more than its text: some 250 short
-    ones. Beyond that the endpoint must read, or send, to learn of the disconnect. Closing the WebSocket, or returning,
+    nobody reads are kept in order, up to 64 KiB, where each counts as its size plus 256 bytes: about 250 short ones.
+    Beyond that the endpoint must read, or send, to learn of the disconnect. Closing the WebSocket, or returning,
     isn't a disconnect.
 
     Args:
@@ -153,8 +153,8 @@ def _guard_function(
             except BaseException as error:
                 await report(error, watch, request, on_disconnect)
                 raise
-        if in_thread and inspect.isawaitable(result):  # if it is a lambda; the thread's scope must not cancel it
-            result = await _guard(_wait_for, on_disconnect)(request, result)
+        if in_thread and inspect.isawaitable(result):  # of a lambda or a wrapper; the thread's scope must not cancel it
+            result = await _await_guarded(request, result, on_disconnect)
         return result
 
     return guarded
@@ -162,7 +162,7 @@ def _guard_function(
 
 def _in_thread(endpoint: Any) -> Any:
     async def call(*args: Any, **kwargs: Any) -> Any:
-        # In a list, since trio refuses a coroutine, as a wrapper returns that only calls an async endpoint.
+        # In a list: a wrapper of an async endpoint returns a coroutine, which trio refuses from a thread.
         return (await run_in_threadpool(lambda: [endpoint(*args, **kwargs)]))[0]
 
     return call
@@ -170,6 +170,16 @@ def _in_thread(endpoint: Any) -> Any:
 
 def _watch_of(request: Request | WebSocket) -> Watch:
     return watch_of(request) if isinstance(request, Request) else watch_of_websocket(request)
+
+
+async def _await_guarded(
+    request: Request | WebSocket | None, awaitable: Awaitable[object], on_disconnect: OnDisconnect | None
+) -> object:
+    try:
+        return await _guard(_wait_for, on_disconnect)(request, awaitable)
+    finally:
+        if inspect.iscoroutine(awaitable):
+            awaitable.close()  # it was not started if the client disconnected before, and Python would warn of that
 
 
 async def _wait_for(request: Request | WebSocket | None, awaitable: Awaitable[object]) -> object:
@@ -214,7 +224,7 @@ def _fault_of(endpoint: Any) -> str | None:
     if names[-3:] == ["scope", "receive", "send"] or Receive in annotations:
         return "an ASGI application, which gets no Request. Decorate the endpoints in it"
     if "call_next" in names or RequestResponseEndpoint in annotations:
-        return "an HTTP middleware, and cancelling call_next() would cut short what it cleans up. Decorate the endpoint"
+        return "an HTTP middleware: cancelling it would cut the endpoint's cleanup short. Decorate the endpoint"
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def is_kind(kind: Callable[[object], bool], endpoint: Any) -> bool:  # Any: here and below, whatever can be called
-    """Whether it is, say, a coroutine function, or calls one; also below decorators, where FastAPI looks, too."""
+    """Whether it is, say, a coroutine function, or calls one. Like FastAPI, this looks below decorators, too."""
     function = endpoint.func if isinstance(endpoint, functools.partial) else endpoint
     calls = [each if inspect.isroutine(each) else type(each).__call__ for each in (function, inspect.unwrap(function))]
     return any(kind(each) for each in (function, *calls, *map(inspect.unwrap, calls)))

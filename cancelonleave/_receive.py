@@ -222,10 +222,11 @@ class Reader:
         is_wanted = self._is_wanted
         if is_wanted and outcome is not None:
             return pause
-        was_cancelled_here = self._cancel_task is None
+        # Otherwise others have cancelled it, as at shutdown, and a new task would stay behind.
+        may_start_again = self._cancel_task is None
         self._is_reading = False
         self._cancel_task = None
-        if is_wanted and was_cancelled_here:  # else all tasks are being cancelled, and a new one would run on
+        if is_wanted and may_start_again:
             self._start_reading()
         return None
 

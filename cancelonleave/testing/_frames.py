@@ -40,7 +40,7 @@ def caller() -> str:
         frames.append(frame)
         frame = frame.f_back
     frames = frames[2:]  # without this function's own, and the server's
-    return _definition(_telling(frames)[0].f_code) if frames else "a task that runs it directly"
+    return _definition(_telling(frames)[0].f_code) if frames else "a task that runs receive() itself"
 
 
 def endpoint_of(scope: Scope, app: ASGIApp) -> str:

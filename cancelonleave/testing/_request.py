@@ -81,7 +81,7 @@ def _path_and_query(url: str) -> tuple[str, str]:
     """Take a path with or without a query, or a whole URL of the client's own host."""
     parts = urlsplit(url)
     if (parts.scheme, parts.netloc) not in (("", ""), ("http", HOST), ("http", f"{HOST}:80")):
-        raise TypeError(f"This client requests http://{HOST} only. Pass a path instead of {url!r}.")
+        raise TypeError(f"This client only requests http://{HOST}. Pass a path instead of {url!r}.")
     return f"/{parts.path.removeprefix('/')}", parts.query
 
 
@@ -93,7 +93,8 @@ def _body(options: Options) -> tuple[Body, str | None]:
         return json.dumps(options["json"]).encode(), "application/json"
     if (form := options.get("data")) is not None:
         return _encoded(form).encode(), "application/x-www-form-urlencoded"
-    return options.get("content") or b"", None
+    content = options.get("content")
+    return b"" if content is None else content, None
 
 
 def _encoded(pairs: Mapping[str, object]) -> str:
@@ -102,7 +103,7 @@ def _encoded(pairs: Mapping[str, object]) -> str:
 
 
 def _text(value: object) -> object:
-    """Return what JSON and httpx have for True and False, and nothing for None; of a list, for each in it."""
+    """Write True, False and None as httpx does: as true, false and nothing. Lists are written item by item."""
     if isinstance(value, list | tuple):
         return [_text(each) for each in cast("list[object]", value)]  # whatever is in it
     return str(value).lower() if isinstance(value, bool) else "" if value is None else value

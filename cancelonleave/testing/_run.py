@@ -92,7 +92,7 @@ async def _serve(app: ASGIApp, connection: Connection, scope: Scope) -> None:
     cancelling = 0 if (task := asyncio_task()) is None else task.cancelling()
     if cancelling:
         caught = f"{cancelling} cancellation(s) of its task without calling task.uncancel()"
-        fault = f"The application caught {caught}, in {endpoint_of(scope, app)}."
+        fault = f"The application caught {caught}, during a request for {endpoint_of(scope, app)}."
         connection.faults.append(Fault("unbalanced cancelling", fault))
 
 

@@ -99,7 +99,7 @@ def test_the_sdist_contains_what_is_needed_to_build_and_try_the_package(tmp_path
     top = {name.partition("/")[0] for name in names}
     assert top == {
         *(".gitignore", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml"),
-        *("benchmarks", "cancelonleave", "tests"),
+        *(".ci", "benchmarks", "cancelonleave", "tests"),
     }
     assert {name for name in names if name.startswith("cancelonleave/")} == {
         *PACKAGE,

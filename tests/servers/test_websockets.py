@@ -230,6 +230,7 @@ def test_an_endpoint_stops_when_its_client_no_longer_answers_pings(name: str, tm
     clients = Clients(live, "/wait", closing=False)
     clients.have_seen("begun", *STOPPED)  # although nobody has closed a connection
     clients.disconnect()
+    assert live.unexpected() == []
     live.stop()
 
 
@@ -241,4 +242,6 @@ def test_the_disconnect_of_an_undecorated_endpoint_is_logged_with_a_traceback(na
     with connect(url, proxy=None, compression=None, close_timeout=1):
         pass
     live.wait_for_log("WebSocketDisconnect")
-    assert "Traceback" in live.stop()
+    log = live.stop()
+    assert "Traceback" in log
+    assert "WebSocketDisconnect" in log
