@@ -7,7 +7,7 @@ import asyncio
 import gc
 import logging
 import math
-from collections.abc import Awaitable, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -170,20 +170,6 @@ def recorded() -> Generator[Records]:
         logger.removeHandler(records)
 
 
-def move_on_at(when: float) -> anyio.CancelScope:
-    """Do what `anyio.move_on_at()` does, which is new in anyio 4.15."""
-    return anyio.CancelScope(deadline=when)
-
-
-@contextmanager
-def fail_at(when: float) -> Generator[anyio.CancelScope]:
-    """Do what `anyio.fail_at()` does, which is new in anyio 4.15."""
-    with anyio.CancelScope(deadline=when) as scope:
-        yield scope
-    if scope.cancelled_caught and anyio.current_time() >= scope.deadline:
-        raise TimeoutError
-
-
 class Run(Protocol):
     """One run of a plan, which notes its faults."""
 
@@ -195,6 +181,17 @@ def compare(world: Run, plain: Run, names: Iterable[str]) -> None:
     for name in names:
         end, plain_end = (getattr(one, name) for one in (world, plain))
         world.require(end == plain_end, f"{name}: {end!r}, undecorated {plain_end!r}")
+
+
+async def run_until(run: Callable[[], Awaitable[None]], outside: int | None) -> bool:
+    """Run it, for as long as nobody outside cancels it after so many milliseconds; return whether it has ended."""
+    with anyio.move_on_after(100) as limit:
+        if outside is None:
+            await run()
+        else:
+            with anyio.move_on_after(outside / 1000):
+                await run()
+    return not limit.cancelled_caught
 
 
 def living_tasks(*, native: bool) -> int:
@@ -224,10 +221,7 @@ def run_trials(trial: Trial, backend: str, seeds: Iterable[int]) -> None:
 
     gc.freeze()  # collecting the garbage of each trial is a hundred times as fast without the existing objects
     try:
-        if library == "trio":
-            trio.run(main, **options())  # anyio.run() would lose its options before anyio 4.14
-        else:
-            anyio.run(main, backend_options=options())
+        anyio.run(main, backend=library, backend_options=options())
     finally:
         gc.unfreeze()
 

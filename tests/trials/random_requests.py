@@ -32,10 +32,8 @@ from tests.trials.common import (
     BrokenPromise,
     Server,
     Traffic,
-    fail_at,
     living_tasks,
     main,
-    move_on_at,
     recorded,
 )
 
@@ -456,12 +454,12 @@ class World:
             self.require(self.server.gone, "a disconnect, but the client is there")
 
     async def do_move_on_after(self, place: Place, time: int, steps: list[Step]) -> None:
-        with move_on_at(self.server.after(time)) as scope:
+        with anyio.move_on_at(self.server.after(time)) as scope:
             await self.run(steps, place.inside(lambda: scope.cancel_called))
         self.note("moved on", scope.cancelled_caught)
 
     async def do_fail_after(self, place: Place, time: int, steps: list[Step]) -> None:
-        with suppress(TimeoutError), fail_at(self.server.after(time)) as scope:
+        with suppress(TimeoutError), anyio.fail_at(self.server.after(time)) as scope:
             await self.run(steps, place.inside(lambda: scope.cancel_called))
 
     async def do_timeout(self, place: Place, time: int, steps: list[Step]) -> None:
@@ -606,7 +604,7 @@ async def call_from_outside(world: World, call: Callable[[], Awaitable[None]]) -
     """Call under the timeout that the plan puts around the endpoint, if it has one."""
     match world.plan.outside:
         case "fail_after", time:
-            with fail_at(world.server.after(NEVER)) as scope:
+            with anyio.fail_at(world.server.after(NEVER)) as scope:
 
                 def set_deadline(when: float) -> None:
                     scope.deadline = when

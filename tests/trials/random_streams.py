@@ -41,8 +41,8 @@ from tests.trials.common import (
     compare,
     living_tasks,
     main,
-    move_on_at,
     recorded,
+    run_until,
 )
 
 # Older Starlette also listens for generator endpoints, but the FastAPI of its time had none.
@@ -135,7 +135,7 @@ class StreamServer(Server[Plan]):
         return super().gone or self.complete  # most servers report this when they have sent everything
 
     async def wait(self, until: float) -> None:
-        with move_on_at(self.began + until / 1000):
+        with anyio.move_on_at(self.began + until / 1000):
             await self.completed.wait()
 
     async def send(self, message: Message) -> None:
@@ -341,13 +341,7 @@ async def as_fastapi_does(items: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]
 
 async def run_plan(plan: Plan, *, decorated: bool) -> World:
     world = World(plan, decorated=decorated)
-    with anyio.move_on_after(100) as limit:
-        if plan.outside is None:
-            await world.run()
-        else:
-            with anyio.move_on_after(plan.outside / 1000):
-                await world.run()
-    world.require(not limit.cancelled_caught, "it hangs")
+    world.require(await run_until(world.run, plan.outside), "it hangs")
     return world
 
 

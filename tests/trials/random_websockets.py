@@ -23,7 +23,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from cancelonleave import cancel_on_disconnect
 from tests.shared.receiving import Receiving
 from tests.shared.virtual_time import stall
-from tests.trials.common import GRID, LATE, STARTED, BrokenPromise, compare, living_tasks, main, recorded
+from tests.trials.common import GRID, LATE, STARTED, BrokenPromise, compare, living_tasks, main, recorded, run_until
 
 READS = ("receive", "read", "json", "iterate", "poll")
 # What send() does after the disconnect: on uvicorn, on gunicorn, and on the other servers.
@@ -298,13 +298,7 @@ class World:
 
 async def run_plan(plan: Plan, *, decorated: bool) -> World:
     world = World(plan, decorated=decorated)
-    with anyio.move_on_after(100) as limit:
-        if plan.outside is None:
-            await world.run()
-        else:
-            with anyio.move_on_after(plan.outside / 1000):
-                await world.run()
-    world.require(not limit.cancelled_caught, "it hangs")
+    world.require(await run_until(world.run, plan.outside), "it hangs")
     return world
 
 
