@@ -7,7 +7,6 @@ import asyncio
 import random
 import socket
 from collections import deque
-from contextlib import AsyncExitStack
 from itertools import count
 from statistics import quantiles
 from time import monotonic
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp
 from benchmarks import report
 from benchmarks.shared import charts
 from benchmarks.shared.implementations import BARE, OURS, Guard, application, disconnected, implementations
-from benchmarks.shared.servers import SERVERS, TIMEOUT, Server, serve
+from benchmarks.shared.servers import SERVERS, TIMEOUT, Server, serve_each
 
 WAITING = [1, 100, 1000]
 FLOOR = "receive()"  # an endpoint that awaits nothing else
@@ -100,8 +99,7 @@ async def measure(server: str, rounds: int, disconnects: int) -> dict[int, Secon
     """Serve every implementation that notices a disconnect, and disconnect from each in each round, in random order."""
     names = [FLOOR, *(name for name in implementations() if name != BARE)]
     seconds: dict[int, Seconds] = {waiting: {name: [] for name in names} for waiting in WAITING}
-    async with AsyncExitStack() as stack:
-        running = {name: await stack.enter_async_context(serve(server, "latency", name)) for name in names}
+    async with serve_each(server, "latency", names) as running:
         for _ in range(rounds):
             for waiting in WAITING:
                 for name in random.sample(names, len(names)):

@@ -7,7 +7,6 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from statistics import median
 
 from starlette.applications import Starlette
@@ -18,7 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from benchmarks import report
 from benchmarks.shared.implementations import BARE, OURS
-from benchmarks.shared.servers import Server, serve
+from benchmarks.shared.servers import Server, serve_each
 from cancelonleave import cancel_on_disconnect
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
@@ -84,8 +83,7 @@ async def measure(server: str, rounds: int) -> Rates:
     """Serve both in new processes in each round, since one process can be faster than the next of the same program."""
     rates: Rates = {path: {BARE: [], OURS: []} for path in LOADS}
     for _ in range(rounds):
-        async with AsyncExitStack() as stack:
-            running = {name: await stack.enter_async_context(serve(server, "messages", name)) for name in (BARE, OURS)}
+        async with serve_each(server, "messages", (BARE, OURS)) as running:
             for path, column in rates.items():
                 for name in column:
                     await load(running[name], path)  # warm up

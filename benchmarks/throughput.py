@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import random
 import re
-from contextlib import AsyncExitStack
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp
 from benchmarks import report
 from benchmarks.shared import charts
 from benchmarks.shared.implementations import BARE, FRAMEWORKS, OURS, Endpoint, application, implementations
-from benchmarks.shared.servers import Server, serve
+from benchmarks.shared.servers import Server, serve_each
 
 SERVERS = ["uvicorn", "hypercorn", "granian"]
 CONNECTIONS = [1, 64]
@@ -71,10 +70,7 @@ async def measure(server: str, framework: str, rounds: int, seconds: int) -> Loa
     names = list(implementations())
     loads: Loads = {f"{framework}, {number} at a time": {name: [] for name in names} for number in CONNECTIONS}
     for _ in range(rounds):
-        async with AsyncExitStack() as stack:
-            running = {
-                name: await stack.enter_async_context(serve(server, "throughput", name, framework)) for name in names
-            }
+        async with serve_each(server, "throughput", names, framework) as running:
             for name in names:
                 await load(running[name], max(CONNECTIONS), 1)  # warm up
             for number, column in zip(CONNECTIONS, loads.values(), strict=True):

@@ -9,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,15 @@ async def serve(
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # some servers would wait forever for the requests in flight
         await process.wait()
+
+
+@asynccontextmanager
+async def serve_each(
+    server: str, benchmark: str, names: Iterable[str], framework: str = "Starlette"
+) -> AsyncGenerator[dict[str, Server]]:
+    """Serve the application of each implementation, all at the same time."""
+    async with AsyncExitStack() as stack:
+        yield {name: await stack.enter_async_context(serve(server, benchmark, name, framework)) for name in names}
 
 
 async def _ready(process: asyncio.subprocess.Process, port: int) -> None:
