@@ -217,8 +217,7 @@ class Reader:
             self._kept += (outcome,)  # such as a 413 (max_body_size): it is for an endpoint that reads
         elif outcome is not None:
             pause = self.keep_message(outcome)
-        if self._changed is not None:
-            self.change()
+        self.change()
         is_wanted = self._is_wanted
         if is_wanted and outcome is not None:
             return pause

@@ -100,12 +100,8 @@ class WebSocketWatch(Watch):
         return ClientClosedWebSocket(told.get("code", NO_CODE), told.get("reason"))
 
     def keep_message(self, message: Message) -> float:
-        message = self.note(message)
-        if message is self.disconnect:
-            return 0
-        self._size += self.size_of(message)
-        self._kept += (message,)
-        if self._waiting and self._reads_here and self._reads_ahead:
+        super().keep_message(message)
+        if self._waiting and self._reads_here and self._reads_ahead and self.disconnect is None:
             self.read_on()
         return 0
 
