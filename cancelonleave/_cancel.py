@@ -74,7 +74,7 @@ class ThreadCall(AsyncioCall):
     ) -> None:
         is_ours = self._cancel_scope.__exit__(kind, error, traceback)
         self.watch.end(self)
-        # anyio's scope lets a CancelledError out that the thread has raised itself, though nobody outside has cancelled.
+        # anyio's scope lets out a CancelledError that the thread has raised itself, though nobody outside cancels.
         was_told = isinstance(error, asyncio.CancelledError) and self.host.cancelling() <= self._base
         if is_ours or (self.fate is Fate.CANCELLED and was_told):
             self.watch.learn()  # calls around this one, which could not be cancelled meanwhile
